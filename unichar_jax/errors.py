@@ -1,0 +1,21 @@
+"""The one exception family for mistakes that a user can mend.
+
+A ``UserError`` says what is wrong, where, what was expected, what was found, and the command or edit
+that mends it. The command line prints its message without a stack trace and exits with code 1;
+anything else that escapes is a bug and keeps its trace.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in input, configuration or environment, with its remedy in the message."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Returns ``" (did you mean 'x'?)"`` for the closest option, or the empty string."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
