@@ -1,0 +1,367 @@
+"""Sizes of the unified model, and how to read them from a BAGEL directory.
+
+A ``ModelConfig`` describes the architecture and nothing else (no dtype, no kernel, no mesh). The numbers of a
+converted model come from the checkpoint's own ``llm_config.json`` and ``vit_config.json``; what BAGEL keeps in
+code rather than in those files (autoencoder, latent patch, table sizes, special tokens) is FLUX's and BAGEL's own
+unless an ``extra_config.json`` beside them says otherwise, which is what the small presets of this repository use.
+
+Sources: BAGEL (arXiv 2505.14683) and UniCharacter (arXiv 2605.08129).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unichar_jax.errors import UserError, did_you_mean
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Qwen2 mixture-of-transformers decoder: every layer holds an understanding and a generation expert."""
+
+    hidden_size: int = 3584
+    mlp_size: int = 18944
+    num_layers: int = 28
+    num_heads: int = 28
+    num_kv_heads: int = 4
+    vocab_size: int = 152064
+    rope_theta: float = 1_000_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"decoder: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads};"
+            " change one of the two.",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"decoder: num_heads {self.num_heads} is not a multiple of num_kv_heads"
+            f" {self.num_kv_heads}; change one of the two.",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"decoder: head dimension {self.head_dim} (hidden_size / num_heads) must be even for rotary"
+            " embeddings.",
+        )
+        _require(
+            self.hidden_size % 4 == 0,
+            f"decoder: hidden_size {self.hidden_size} must be a multiple of 4 for the 2-D position tables.",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP tower over packed patches; ``num_layers`` counts the layers that are built (26 for BAGEL)."""
+
+    hidden_size: int = 1152
+    mlp_size: int = 4304
+    num_layers: int = 26
+    num_heads: int = 16
+    patch_size: int = 14
+    num_channels: int = 3
+    max_patches_per_side: int = 70
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"vision: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads};"
+            " change one of the two.",
+        )
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch_size**2 * self.num_channels
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """FLUX's convolutional autoencoder. ``norm_groups`` is 32 in FLUX; small widths want fewer groups."""
+
+    in_channels: int = 3
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 16
+    scale: float = 0.3611
+    shift: float = 0.1159
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        for m in self.multipliers:
+            _require(
+                self.channels * m % self.norm_groups == 0,
+                f"autoencoder: {self.channels} channels x multiplier {m} is not a multiple of norm_groups"
+                f" {self.norm_groups}; change channels or norm_groups.",
+            )
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell and side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the four tokens that delimit turns and images (public Qwen2.5 values by default)."""
+
+    bos: int = 151644  # <|im_start|>
+    eos: int = 151645  # <|im_end|>
+    image_start: int = 151652  # <|vision_start|>
+    image_end: int = 151653  # <|vision_end|>
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole model: decoder, vision tower, autoencoder, and how latents enter the decoder."""
+
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
+    latent_patch_size: int = 2
+    max_latent_size: int = 64
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of one latent token: patch x patch x channels."""
+        return self.latent_patch_size**2 * self.autoencoder.latent_channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels per latent token and side (16 for BAGEL)."""
+        return self.latent_patch_size * self.autoencoder.downsample
+
+    # -- BAGEL directories ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_bagel(cls, folder: str | Path) -> ModelConfig:
+        """Reads the sizes from a BAGEL directory.
+
+        Args:
+          folder: directory with ``llm_config.json``, ``vit_config.json`` and, for models that are not of
+            BAGEL-7B-MoT's own autoencoder and tables, ``extra_config.json``.
+
+        Raises:
+          UserError: a file is absent, is not JSON, or asks for something this model does not have.
+        """
+        folder = Path(folder)
+        llm, vit = _read_json(folder / "llm_config.json"), _read_json(folder / "vit_config.json")
+        extra_path = folder / "extra_config.json"
+        extra = _read_json(extra_path) if extra_path.exists() else {}
+        _refuse_unsupported(folder / "llm_config.json", llm)
+        decoder = DecoderConfig(
+            hidden_size=llm["hidden_size"],
+            mlp_size=llm["intermediate_size"],
+            num_layers=llm["num_hidden_layers"],
+            num_heads=llm["num_attention_heads"],
+            num_kv_heads=llm["num_key_value_heads"],
+            vocab_size=llm["vocab_size"],
+            rope_theta=float(llm.get("rope_theta", 1e6)),
+            norm_eps=llm.get("rms_norm_eps", 1e-6),
+            qk_norm=llm.get("qk_norm", True) is not False,
+        )
+        vision = VisionConfig(
+            hidden_size=vit["hidden_size"],
+            mlp_size=vit["intermediate_size"],
+            # BAGEL selects the tower's last-but-one layer, so the last one of the file is never built.
+            num_layers=vit["num_hidden_layers"] - 1,
+            num_heads=vit["num_attention_heads"],
+            patch_size=vit["patch_size"],
+            num_channels=vit.get("num_channels", 3),
+            max_patches_per_side=extra.get("vit_max_num_patch_per_side", 70),
+            norm_eps=vit.get("layer_norm_eps", 1e-6),
+        )
+        ae = AutoencoderConfig()
+        if "vae" in extra:
+            v = extra["vae"]
+            ae = AutoencoderConfig(
+                in_channels=v["in_channels"],
+                channels=v["ch"],
+                multipliers=tuple(v["ch_mult"]),
+                num_res_blocks=v["num_res_blocks"],
+                latent_channels=v["z_channels"],
+                scale=v["scale_factor"],
+                shift=v["shift_factor"],
+                norm_groups=v.get("norm_groups", 32),
+            )
+        tokens = SpecialTokens()
+        if "special_tokens" in extra:
+            s = extra["special_tokens"]
+            tokens = SpecialTokens(
+                s["bos_token_id"], s["eos_token_id"], s["start_of_image"], s["end_of_image"]
+            )
+        return cls(
+            decoder,
+            vision,
+            ae,
+            tokens,
+            latent_patch_size=extra.get("latent_patch_size", 2),
+            max_latent_size=extra.get("max_latent_size", 64),
+        )
+
+    def to_bagel(self) -> dict[str, dict[str, Any]]:
+        """The three JSON files that ``from_bagel`` reads, as ``{file name: content}``."""
+        d, v, a, s = self.decoder, self.vision, self.autoencoder, self.special_tokens
+        llm = dict(
+            architectures=["Qwen2ForCausalLM"],
+            model_type="qwen2",
+            hidden_size=d.hidden_size,
+            intermediate_size=d.mlp_size,
+            num_hidden_layers=d.num_layers,
+            num_attention_heads=d.num_heads,
+            num_key_value_heads=d.num_kv_heads,
+            vocab_size=d.vocab_size,
+            rope_theta=d.rope_theta,
+            rms_norm_eps=d.norm_eps,
+            hidden_act="silu",
+            max_position_embeddings=32768,
+            tie_word_embeddings=False,
+            qk_norm=d.qk_norm,
+            layer_module="Qwen2MoTDecoderLayer",
+        )
+        vit = dict(
+            model_type="siglip_vision_model",
+            hidden_size=v.hidden_size,
+            intermediate_size=v.mlp_size,
+            num_hidden_layers=v.num_layers + 1,
+            num_attention_heads=v.num_heads,
+            patch_size=v.patch_size,
+            image_size=v.patch_size * v.max_patches_per_side,
+            num_channels=v.num_channels,
+            layer_norm_eps=v.norm_eps,
+            hidden_act="gelu_pytorch_tanh",
+        )
+        vae = dict(
+            in_channels=a.in_channels,
+            out_ch=a.in_channels,
+            downsample=a.downsample,
+            ch=a.channels,
+            ch_mult=list(a.multipliers),
+            num_res_blocks=a.num_res_blocks,
+            z_channels=a.latent_channels,
+            scale_factor=a.scale,
+            shift_factor=a.shift,
+            norm_groups=a.norm_groups,
+        )
+        extra = dict(
+            vae=vae,
+            latent_patch_size=self.latent_patch_size,
+            max_latent_size=self.max_latent_size,
+            vit_max_num_patch_per_side=v.max_patches_per_side,
+            connector_act="gelu_pytorch_tanh",
+            interpolate_pos=False,
+            special_tokens=dict(
+                bos_token_id=s.bos,
+                eos_token_id=s.eos,
+                start_of_image=s.image_start,
+                end_of_image=s.image_end,
+            ),
+        )
+        return {"llm_config.json": llm, "vit_config.json": vit, "extra_config.json": extra}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> ModelConfig:
+        a = dict(tree["autoencoder"])
+        a["multipliers"] = tuple(a["multipliers"])
+        return cls(
+            DecoderConfig(**tree["decoder"]),
+            VisionConfig(**tree["vision"]),
+            AutoencoderConfig(**a),
+            SpecialTokens(**tree["special_tokens"]),
+            tree["latent_patch_size"],
+            tree["max_latent_size"],
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: file not found. A BAGEL directory needs llm_config.json and vit_config.json beside its"
+            " weights; copy them from the download."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from None
+
+
+def _refuse_unsupported(path: Path, llm: dict[str, Any]) -> None:
+    """Settings that would silently change the mathematics are errors, all listed together."""
+    scaling = llm.get("rope_scaling")
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    problems = []
+    if kind != "default":
+        problems.append(f"rope_scaling: expected none, got {scaling}")
+    if llm.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act: expected silu, got {llm['hidden_act']}")
+    missing = [
+        k
+        for k in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "vocab_size",
+        )
+        if k not in llm
+    ]
+    problems += [f"{k}: missing" for k in missing]
+    if problems:
+        raise UserError(f"{path}: cannot be loaded:\n  " + "\n  ".join(problems))
+
+
+_DEBUG = ModelConfig(
+    DecoderConfig(
+        hidden_size=64, mlp_size=160, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=512
+    ),
+    VisionConfig(hidden_size=48, mlp_size=96, num_layers=2, num_heads=4, max_patches_per_side=8),
+    AutoencoderConfig(channels=16, multipliers=(1, 1, 2, 2), num_res_blocks=1, norm_groups=4),
+    SpecialTokens(bos=1, eos=2, image_start=3, image_end=4),
+    max_latent_size=8,
+)
+
+_MINI = ModelConfig(
+    DecoderConfig(
+        hidden_size=256, mlp_size=704, num_layers=6, num_heads=4, num_kv_heads=2, vocab_size=2048
+    ),
+    VisionConfig(hidden_size=192, mlp_size=512, num_layers=4, num_heads=4, max_patches_per_side=8),
+    AutoencoderConfig(channels=32, multipliers=(1, 1, 2, 2), num_res_blocks=1, norm_groups=8),
+    SpecialTokens(bos=1, eos=2, image_start=3, image_end=4),
+    max_latent_size=8,
+)
+
+MODEL_PRESETS: dict[str, ModelConfig] = {
+    "debug": _DEBUG,
+    "mini": _MINI,
+    "bagel-7b": ModelConfig(),
+}
+
+
+def model_preset(name: str) -> ModelConfig:
+    """Returns a named preset; an unknown name is a ``UserError`` with the closest one."""
+    if name not in MODEL_PRESETS:
+        raise UserError(
+            f"model preset '{name}' is unknown{did_you_mean(name, MODEL_PRESETS)}; expected one of"
+            f" {', '.join(MODEL_PRESETS)}."
+        )
+    return MODEL_PRESETS[name]

@@ -1,0 +1,223 @@
+"""FLUX's image autoencoder: pictures to latents and back.
+
+Convolutional encoder and decoder with group normalisation, one attention block at the lowest resolution, and a
+diagonal Gaussian posterior. Layout here is NHWC; kernels are HWIO. Attention projections are 1x1 convolutions in
+the published file and plain dense kernels here. The blocks' names follow the published file so that its table of
+names stays short. Never trained by Unified-SFT: latents are computed once per image and cached.
+
+Source: FLUX.1's autoencoder as used by BAGEL (arXiv 2505.14683); shapes in the class docstrings.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from unichar_jax.config.model import AutoencoderConfig
+from unichar_jax.models import params
+from unichar_jax.models.layers import Dense
+
+_EPS = 1e-6
+
+
+class Conv(nnx.Module):
+    """k x k convolution, NHWC; ``stride`` 2 pads one row and column at the bottom and right only."""
+
+    def __init__(self, c_in: int, c_out: int, size: int = 3, stride: int = 1):
+        init = params.uniform_fan_in(c_in * size * size)
+        self.kernel = params.declare((size, size, c_in, c_out), (None,) * 4, init)
+        self.bias = params.declare((c_out,), (None,), init)
+        self.size, self.stride = size, stride
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        pad = (self.size // 2, self.size // 2) if self.stride == 1 else (0, 1)
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...],
+            window_strides=(self.stride, self.stride),
+            padding=(pad, pad),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + self.bias[...]
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation over (height, width, channels of the group); statistics in float32."""
+
+    def __init__(self, channels: int, groups: int):
+        self.scale = params.declare((channels,), (None,), params.ones)
+        self.bias = params.declare((channels,), (None,), params.zeros)
+        self.groups = groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        y = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
+        mean = y.mean(axis=(1, 3), keepdims=True)
+        var = jnp.square(y - mean).mean(axis=(1, 3), keepdims=True)
+        y = ((y - mean) * jax.lax.rsqrt(var + _EPS)).reshape(b, h, w, c)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class ResBlock(nnx.Module):
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        self.norm1 = GroupNorm(c_in, groups)
+        self.conv1 = Conv(c_in, c_out)
+        self.norm2 = GroupNorm(c_out, groups)
+        self.conv2 = Conv(c_out, c_out)
+        self.nin_shortcut = Conv(c_in, c_out, size=1) if c_in != c_out else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+
+
+class AttnBlock(nnx.Module):
+    """Single-head attention over all positions of one image."""
+
+    def __init__(self, channels: int, groups: int):
+        self.norm = GroupNorm(channels, groups)
+        dims = (None, None)
+        self.q = Dense(channels, channels, dims)
+        self.k = Dense(channels, channels, dims)
+        self.v = Dense(channels, channels, dims)
+        self.proj_out = Dense(channels, channels, dims)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, height, width, c = x.shape
+        h = self.norm(x).reshape(b, height * width, c)
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * c**-0.5, axis=-1).astype(v.dtype)
+        h = self.proj_out(jnp.einsum("bqk,bkc->bqc", weights, v))
+        return x + h.reshape(x.shape)
+
+
+class Mid(nnx.Module):
+    def __init__(self, channels: int, groups: int):
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nnx.Module):
+    """The blocks of one resolution, and the convolution that leaves it (``resample``), if any."""
+
+    def __init__(
+        self, c_in: int, c_out: int, blocks: int, groups: int, *, down: bool = False, up: bool = False
+    ):
+        sizes = [(c_in if i == 0 else c_out, c_out) for i in range(blocks)]
+        self.block = nnx.List([ResBlock(a, b, groups) for a, b in sizes])
+        self.downsample = Conv(c_out, c_out, stride=2) if down else None
+        self.upsample = Conv(c_out, c_out) if up else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.block:
+            x = block(x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+        return x
+
+
+class Encoder(nnx.Module):
+    def __init__(self, cfg: AutoencoderConfig):
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        last = len(widths) - 1
+        self.conv_in = Conv(cfg.in_channels, cfg.channels)
+        self.down = nnx.List(
+            [
+                Level(c_in, c_out, cfg.num_res_blocks, cfg.norm_groups, down=i < last)
+                for i, (c_in, c_out) in enumerate(zip([cfg.channels, *widths], widths, strict=False))
+            ]
+        )
+        self.mid = Mid(widths[-1], cfg.norm_groups)
+        self.norm_out = GroupNorm(widths[-1], cfg.norm_groups)
+        self.conv_out = Conv(widths[-1], 2 * cfg.latent_channels)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """Level i of ``up`` works at the resolution of the encoder's level i; the last one runs first."""
+
+    def __init__(self, cfg: AutoencoderConfig):
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        inputs = [*widths[1:], widths[-1]]
+        self.conv_in = Conv(cfg.latent_channels, widths[-1])
+        self.mid = Mid(widths[-1], cfg.norm_groups)
+        self.up = nnx.List(
+            [
+                Level(inputs[i], widths[i], cfg.num_res_blocks + 1, cfg.norm_groups, up=i > 0)
+                for i in range(len(widths))
+            ]
+        )
+        self.norm_out = GroupNorm(widths[0], cfg.norm_groups)
+        self.conv_out = Conv(widths[0], cfg.in_channels)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(list(self.up)):
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class Autoencoder(nnx.Module):
+    """Images ``[B, H, W, 3]`` in [-1, 1] to scaled latents ``[B, H/8, W/8, C]`` and back."""
+
+    def __init__(self, cfg: AutoencoderConfig):
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.cfg = cfg
+
+    def moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Posterior mean and log-variance, each ``[B, h, w, C]``, before scaling; no clamp."""
+        mean, logvar = jnp.split(self.encoder(images), 2, axis=-1)
+        return mean, logvar
+
+    def scale_latent(self, z: jax.Array) -> jax.Array:
+        return self.cfg.scale * (z - self.cfg.shift)
+
+    def sample(self, mean: jax.Array, logvar: jax.Array, eps: jax.Array | None) -> jax.Array:
+        """A scaled latent from the posterior; ``eps`` standard normal, or None for the mean."""
+        z = mean if eps is None else mean + jnp.exp(0.5 * logvar) * eps
+        return self.scale_latent(z)
+
+    def encode(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        mean, logvar = self.moments(images)
+        eps = None if key is None else jax.random.normal(key, mean.shape, mean.dtype)
+        return self.sample(mean, logvar, eps)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Scaled latents to images; in [-1, 1] up to overshoot (clip when making pixels)."""
+        return self.decoder(latents / self.cfg.scale + self.cfg.shift)
+
+
+def patchify(latents: jax.Array, patch: int) -> jax.Array:
+    """``[..., h*p, w*p, C]`` -> ``[..., h*w, p*p*C]``: rows of the grid first, channel fastest inside a token."""
+    *lead, height, width, c = latents.shape
+    h, w = height // patch, width // patch
+    x = latents.reshape(*lead, h, patch, w, patch, c)
+    n = len(lead)
+    x = jnp.transpose(x, (*range(n), n, n + 2, n + 1, n + 3, n + 4))
+    return x.reshape(*lead, h * w, patch * patch * c)
+
+
+def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+    """Inverse of ``patchify`` for a grid of ``(h, w)`` tokens."""
+    *lead, _, width = tokens.shape
+    h, w = grid
+    c = width // patch**2
+    x = tokens.reshape(*lead, h, w, patch, patch, c)
+    n = len(lead)
+    x = jnp.transpose(x, (*range(n), n, n + 2, n + 1, n + 3, n + 4))
+    return x.reshape(*lead, h * patch, w * patch, c)

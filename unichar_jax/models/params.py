@@ -1,0 +1,199 @@
+"""One declaration for each array of the model.
+
+A module's constructor declares its arrays: ``self.kernel = declare((d_in, d_out), ("embed", "mlp"), lecun)``. A
+declaration (``ArraySpec``: shape, dimension names, dtype, initialiser) is a leaf like any other, so a freshly
+constructed module is a tree of declarations, and everything follows by mapping over it: ``initialize`` gives arrays,
+``abstract`` gives shape structs with shardings (the target of a checkpoint or of an ahead-of-time compile),
+``flat`` gives ``{name: leaf}`` for the conversion table and the parameter overview. No size is stated twice.
+
+Repeated layers are declared once and ``stacked``: each array gains a leading ``layers`` dimension that
+``jax.lax.scan`` walks. Files on disk never see it: ``unstacked_names`` spells every layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from unichar_jax.parallel import mesh as mesh_lib
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+M = TypeVar("M")
+
+LAYERS = "layers"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape, dimension names (None: never split), dtype and initialiser of one array."""
+
+    shape: tuple[int, ...]
+    dims: tuple[str | None, ...]
+    init: Initializer
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.dims):
+            raise ValueError(f"{self.shape} has {len(self.shape)} dimensions, names are {self.dims}")
+
+
+def declare(
+    shape: tuple[int, ...],
+    dims: tuple[str | None, ...],
+    init: Initializer,
+    dtype: Any = jnp.float32,
+) -> nnx.Param:
+    """Declares one array; its dimension names stay with the parameter as ``param.dims``."""
+    return nnx.Param(ArraySpec(tuple(shape), tuple(dims), init, dtype), dims=tuple(dims))
+
+
+# -- initialisers (PyTorch's and BAGEL's; only matter from scratch) ----------------------------------------
+
+
+def normal(std: float) -> Initializer:
+    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    del key
+    return jnp.ones(shape, dtype)
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+    """PyTorch's default for Linear and Conv: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+# -- operations on trees of declarations -------------------------------------------------------------------
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ArraySpec)
+
+
+def stacked(module: M, num_layers: int) -> M:
+    """The same module with a leading ``layers`` dimension on every declaration."""
+
+    def stack(param: nnx.Param) -> nnx.Param:
+        spec = param.get_value()
+        init = spec.init
+
+        def init_layers(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            keys = jax.random.split(key, shape[0])
+            return jax.vmap(lambda k: init(k, shape[1:], dtype))(keys)
+
+        return declare(
+            (num_layers, *spec.shape), (LAYERS, *spec.dims), init_layers, spec.dtype
+        )
+
+    return jax.tree.map(stack, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def named_leaves(module: Any) -> Iterator[tuple[str, Any]]:
+    """``(dotted name, leaf)`` for every array of a module, e.g. ``decoder.layers.und.q.kernel``."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(module)[0]:
+        parts = [_part(p) for p in path]
+        if parts and parts[-1] == "value":
+            parts = parts[:-1]
+        yield ".".join(parts), leaf
+
+
+def _part(entry: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def flat(module: Any) -> dict[str, Any]:
+    return dict(named_leaves(module))
+
+
+def map_named(f: Callable[..., Any], module: M, *rest: Any) -> M:
+    """``jax.tree.map`` that also passes the dotted name: ``f(name, leaf, *rest leaves)``."""
+    names = [name for name, _ in named_leaves(module)]
+    leaves, treedef = jax.tree.flatten(module)
+    others = [treedef.flatten_up_to(r) for r in rest]
+    return treedef.unflatten([f(n, *ls) for n, *ls in zip(names, leaves, *others, strict=True)])
+
+
+def shardings(module: Any, mesh: Mesh) -> Any:
+    """A tree of ``NamedSharding`` like ``module`` (a tree of declarations)."""
+    return jax.tree.map(lambda s: mesh_lib.sharding_for(s.dims, s.shape, mesh), module)
+
+
+def abstract(module: M, mesh: Mesh | None = None, dtype: Any = None) -> M:
+    """Shape structs (with shardings if a mesh is given); ``dtype`` overrides the declared one."""
+
+    def struct(s: ArraySpec) -> jax.ShapeDtypeStruct:
+        sharding = mesh_lib.sharding_for(s.dims, s.shape, mesh) if mesh is not None else None
+        return jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sharding)
+
+    return jax.tree.map(struct, module)
+
+
+def name_key(key: jax.Array, name: str) -> jax.Array:
+    """A key that depends on the array's name only, so that adding an array moves no other."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big") & 0x7FFFFFFF)
+
+
+def initialize(module: M, key: jax.Array, mesh: Mesh | None = None) -> M:
+    """Arrays for every declaration, made in place on the mesh (nothing is gathered)."""
+
+    def build(key: jax.Array) -> M:
+        return map_named(lambda n, s: s.init(name_key(key, n), s.shape, s.dtype), module)
+
+    if mesh is None:
+        return jax.jit(build)(key)
+    return jax.jit(build, out_shardings=shardings(module, mesh))(key)
+
+
+def gathered(module: M, dtype: Any) -> M:
+    """Weights ready for use: cast to ``dtype`` first, then gathered over ``fsdp``.
+
+    Casting before the collective halves its bytes. The slice that a layer scan sees has lost its ``layers``
+    dimension; the names lose it too.
+    """
+
+    def use(param: nnx.Param) -> nnx.Param:
+        value = param.get_value()
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            return param
+        value = value.astype(dtype)
+        dims = param.dims[-value.ndim :] if value.ndim else ()
+        return param.replace(mesh_lib.constrain(value, dims, drop=("fsdp",)))
+
+    return jax.tree.map(use, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def count(module: Any) -> int:
+    """Number of elements in all arrays (or declarations) of a module."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(module))
+
+
+# -- names on disk -----------------------------------------------------------------------------------------
+
+_LAYER = re.compile(r"(^|\.)layers\.")
+
+
+def unstacked_names(name: str, num_layers: int) -> list[str]:
+    """``decoder.layers.und.q.kernel`` -> ``decoder.layers.0.und.q.kernel``, ..."""
+    return [
+        _LAYER.sub(lambda m, i=i: f"{m.group(0)}{i}.", name, count=1) for i in range(num_layers)
+    ]
