@@ -51,12 +51,16 @@ class GroupNorm(nnx.Module):
         self.groups = groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        y = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
-        mean = y.mean(axis=(1, 3), keepdims=True)
-        var = jnp.square(y - mean).mean(axis=(1, 3), keepdims=True)
-        y = ((y - mean) * jax.lax.rsqrt(var + _EPS)).reshape(b, h, w, c)
+        y = x.astype(jnp.float32)
+        y = y - self._group_mean(y)
+        y = y * jax.lax.rsqrt(self._group_mean(jnp.square(y)) + _EPS)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+    def _group_mean(self, x: jax.Array) -> jax.Array:
+        """Mean over each group, ``[B, 1, 1, C]``: per channel first, so that the big array keeps its layout."""
+        b, _, _, c = x.shape
+        mean = x.mean(axis=(1, 2)).reshape(b, self.groups, c // self.groups).mean(axis=-1)
+        return jnp.repeat(mean, c // self.groups, axis=-1)[:, None, None, :]
 
 
 class ResBlock(nnx.Module):
