@@ -1,0 +1,326 @@
+"""Reading JSON that people and language models wrote: every fault found, none raised half-way.
+
+A :class:`Record` is one JSON object that knows its file and place. Asking it for a field checks the
+type and, where something is wrong, adds a :class:`Finding` to a shared list and returns a neutral
+value, so that one pass over a folder reports all faults together. The caller raises
+:class:`DataError` at the end if any finding is an error.
+
+This module knows nothing of characters; it never reads outside of the folder it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from unichar_jax.data.images import ImageError, resolve_inside
+from unichar_jax.errors import UserError
+
+MAX_TEXT_BYTES = 64 * 2**20
+"""Largest text file that is read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing to know about a data file: an error stops its use, a note does not.
+
+    Attributes:
+      severity: ``"error"`` or ``"note"``.
+      file: path relative to the checked folder.
+      record: place in the file, such as ``scenes[3]``; empty for the whole file.
+      field: name of the field; empty for the whole record.
+      expected: what the format asks for.
+      got: what is there.
+      remedy: what to do.
+    """
+
+    severity: Literal["error", "note"]
+    file: str
+    record: str
+    field: str
+    expected: str
+    got: str
+    remedy: str
+
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (self.file, self.record, self.field) if part)
+        return f"{place}: expected {self.expected}, got {self.got}; {self.remedy}"
+
+
+class DataError(UserError):
+    """A data folder with errors; the message lists them, ``findings`` holds them."""
+
+    def __init__(self, where: Path, findings: Iterable[Finding], remedy: str) -> None:
+        self.findings = tuple(f for f in findings if f.severity == "error")
+        shown = "\n".join(f"  {finding}" for finding in self.findings[:20])
+        more = len(self.findings) - 20
+        rest = f"\n  ... and {more} more" if more > 0 else ""
+        count = f"{len(self.findings)} error{'s' if len(self.findings) != 1 else ''}"
+        super().__init__(f"{where}: {count} in the data.\n{shown}{rest}\n{remedy}")
+
+
+class Findings:
+    """The findings about one folder, in the order of discovery."""
+
+    def __init__(self) -> None:
+        self._all: list[Finding] = []
+
+    @property
+    def all(self) -> tuple[Finding, ...]:
+        return tuple(self._all)
+
+    def error(
+        self, file: str, record: str, field: str, expected: str, got: str, remedy: str
+    ) -> None:
+        self._all.append(Finding("error", file, record, field, expected, got, remedy))
+
+    def note(
+        self, file: str, record: str, field: str, expected: str, got: str, remedy: str
+    ) -> None:
+        self._all.append(Finding("note", file, record, field, expected, got, remedy))
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        return tuple(f for f in self._all if f.severity == "note")
+
+    @property
+    def failed(self) -> bool:
+        return any(f.severity == "error" for f in self.all)
+
+
+def shown(value: object) -> str:
+    """A short, printable form of a value for a message."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _kind(value: object) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true/false",
+        type(None): "null",
+    }
+    return names.get(type(value), f"a number ({shown(value)})")
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in text)
+
+
+class Record:
+    """One JSON object at a known place; reading a field checks it."""
+
+    def __init__(self, found: Findings, file: str, place: str, value: Any) -> None:
+        self.found, self.file, self.place = found, file, place
+        self.ok = isinstance(value, dict)
+        self.data: dict[str, Any] = value if isinstance(value, dict) else {}
+        if not self.ok:
+            found.error(file, place, "", "an object {...}", _kind(value), "rewrite the record")
+
+    def error(self, field: str, expected: str, got: str, remedy: str) -> None:
+        self.found.error(self.file, self.place, field, expected, got, remedy)
+
+    def note(self, field: str, expected: str, got: str, remedy: str) -> None:
+        self.found.note(self.file, self.place, field, expected, got, remedy)
+
+    def expect(self, *known: str) -> Record:
+        """Notes unknown keys; a near miss of an absent known key is read as that key."""
+        absent = [key for key in known if key not in self.data]
+        for key in [key for key in self.data if key not in known]:
+            close = difflib.get_close_matches(key, absent, n=1, cutoff=0.7)
+            if close:
+                absent.remove(close[0])
+                self.data = {close[0] if k == key else k: v for k, v in self.data.items()}
+                self.note(close[0], f"the key {close[0]!r}", shown(key), "read as meant; rename it")
+            else:
+                self.note(
+                    key if key.isascii() else shown(key), "no such key", "one", "it is ignored"
+                )
+        return self
+
+    def text(self, field: str, *, required: bool = True) -> str:
+        """A string; without ``required`` it may be absent, null or empty."""
+        value = self.data.get(field)
+        if value is None:
+            if required and self.ok:
+                self.error(field, "a string", "nothing", f"add {field!r}")
+            return ""
+        if not isinstance(value, str):
+            self.error(field, "a string", _kind(value), "put the value in quotes")
+            return ""
+        if _has_surrogate(value):
+            self.error(field, "Unicode text", f"half a character in {shown(value)}", "retype it")
+            return ""
+        if required and not value.strip():
+            self.error(field, "a text", "an empty one", "fill it in or drop the record")
+        return value
+
+    def number(self, field: str, default: float, low: float, high: float) -> float:
+        """A finite number within ``[low, high]``."""
+        value = self.data.get(field, default)
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or not math.isfinite(value) or not low <= value <= high:
+            self.error(field, f"a number from {low:g} to {high:g}", shown(value), "correct it")
+            return default
+        return float(value)
+
+    def flag(self, field: str) -> bool:
+        value = self.data.get(field, False)
+        if not isinstance(value, bool):
+            self.error(field, "true or false", _kind(value), "correct it")
+            return False
+        return value
+
+    def _list(self, field: str, required: bool) -> list[Any]:
+        value = self.data.get(field)
+        if value is None and not required:
+            return []
+        if not isinstance(value, list):
+            if self.ok:
+                self.error(
+                    field,
+                    "a list [...]",
+                    "nothing" if value is None else _kind(value),
+                    "rewrite it",
+                )
+            return []
+        return value
+
+    def _at(self, field: str, index: int) -> str:
+        return f"{self.place}.{field}[{index}]" if self.place else f"{field}[{index}]"
+
+    def records(self, field: str, *, required: bool = False) -> list[Record]:
+        """The objects of a list."""
+        return [
+            Record(self.found, self.file, self._at(field, i), value)
+            for i, value in enumerate(self._list(field, required))
+        ]
+
+    def turns(self, field: str, *, required: bool = False) -> list[tuple[Record, Record] | None]:
+        """A list of two-turn dialogues; a dialogue of another shape is an error and ``None``."""
+        pairs: list[tuple[Record, Record] | None] = []
+        for i, value in enumerate(self._list(field, required)):
+            place = self._at(field, i)
+            if not isinstance(value, list) or len(value) != 2:
+                got = f"{len(value)} turns" if isinstance(value, list) else _kind(value)
+                self.found.error(
+                    self.file, place, "", "two turns, user and machine", got, "rewrite the dialogue"
+                )
+                pairs.append(None)
+                continue
+            user, machine = (
+                Record(self.found, self.file, f"{place}[{j}]", turn) for j, turn in enumerate(value)
+            )
+            for turn, role in ((user, "user"), (machine, "machine")):
+                if turn.ok and turn.data.get("role") != role:
+                    turn.error("role", f"'{role}'", shown(turn.data.get("role")), "correct it")
+            pairs.append((user, machine))
+        return pairs
+
+    def texts(self, field: str, *, required: bool = False) -> tuple[str, ...]:
+        """A list of non-empty strings."""
+        values = self._list(field, required)
+        box = Record(self.found, self.file, self.place, {})
+        good = []
+        for i, value in enumerate(values):
+            box.data[f"{field}[{i}]"] = value
+            good.append(box.text(f"{field}[{i}]"))
+        return tuple(good)
+
+
+def read_text(found: Findings, folder: Path, name: str) -> str | None:
+    """A UTF-8 text file inside ``folder``; ``None`` if absent or faulty (then it is logged)."""
+    try:
+        path = resolve_inside(folder, name)
+    except ImageError as error:
+        found.error(name, "", "", "a file inside this folder", "a path out of it", str(error))
+        return None
+    if not path.exists():
+        return None
+    if not path.is_file():
+        found.error(name, "", "", "a regular file", "something else", "replace it by the file")
+        return None
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        found.error(name, "", "", f"at most {MAX_TEXT_BYTES} bytes", "more", "split or shorten it")
+        return None
+    raw = path.read_bytes()
+    if raw.startswith(b"\xef\xbb\xbf"):
+        found.note(name, "", "", "UTF-8 without a byte order mark", "one", "it is ignored")
+        raw = raw[3:]
+    if b"\r\n" in raw:
+        found.note(name, "", "", "line ends LF", "CRLF", "read as LF; nothing to do")
+    try:
+        return raw.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        found.error(
+            name,
+            "",
+            "",
+            "UTF-8 text",
+            f"byte 0x{raw[error.start]:02x} at {error.start}",
+            "save the file as UTF-8",
+        )
+        return None
+
+
+def _parse(found: Findings, name: str, place: str, text: str) -> tuple[bool, Any]:
+    repeated: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in items:
+            if key in seen:
+                repeated.append(key)
+            seen[key] = value
+        return seen
+
+    try:
+        value = json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        got = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        found.error(name, place, "", "JSON", got, "correct the syntax there")
+        return False, None
+    except (ValueError, RecursionError) as error:  # huge integers, endless nesting
+        found.error(name, place, "", "JSON", shown(str(error)), "rewrite the file")
+        return False, None
+    for key in dict.fromkeys(repeated):
+        found.error(name, place, shown(key), "each key once", "the same key again", "keep one")
+    return True, value
+
+
+def read_json(found: Findings, folder: Path, name: str) -> Record | None:
+    """The object in a JSON file inside ``folder``; ``None`` if absent or faulty (then logged)."""
+    text = read_text(found, folder, name)
+    if text is None:
+        return None
+    good, value = _parse(found, name, "", text)
+    if not good:
+        return None
+    record = Record(found, name, "", value)
+    return record if record.ok else None
+
+
+def read_jsonl(found: Findings, folder: Path, name: str) -> list[Record]:
+    """The objects in a JSON-lines file, one per line; empty lines are noted and skipped."""
+    text = read_text(found, folder, name)
+    if text is None:
+        return []
+    records = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        place = f"line {number}"
+        if not line.strip():
+            if number < len(lines):
+                found.note(name, place, "", "one object per line", "an empty line", "it is skipped")
+            continue
+        good, value = _parse(found, name, place, line)
+        if good:
+            records.append(Record(found, name, place, value))
+    return records
