@@ -12,7 +12,7 @@ This module never reads a file, never tokenises, and never strips or "improves" 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -136,6 +136,12 @@ def thinking_reply(thinking: str, instruction: str) -> str:
 def vqa(question: str) -> str:
     """A question about one image: the placeholder, then the question without a separator."""
     return f"{IMAGE_PLACEHOLDER}{question}"
+
+
+def multiple_choice(question: str, options: Mapping[str, str]) -> str:
+    """A question with lettered options. Ours: the reference ships test questions but no prompt."""
+    listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+    return f"{question}\n{listed}\nAnswer with the letter of the correct option only."
 
 
 def parse_thinking(text: str) -> Thinking:
