@@ -1,0 +1,247 @@
+"""The one two-way table between this package's arrays and the published PyTorch tensors.
+
+An ``Entry`` ties one array on our side (layers spelled out, never stacked) to one tensor of a BAGEL file, with the
+layout change between them. Entries are derived from the model's declarations by the short list of renaming rules
+below, so the table covers exactly what the model has; conversion both ways, accounting, ``inspect`` and ``diff`` read
+nothing else. ``to_torch`` and ``from_torch`` are views (no copy) and exact in every dtype.
+
+Names: published ``ema.safetensors`` and ``ae.safetensors`` of BAGEL-7B-MoT.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unichar_jax.config.model import AutoencoderConfig, ModelConfig
+from unichar_jax.models import params
+from unichar_jax.models.autoencoder import Autoencoder
+from unichar_jax.models.unified import UnifiedModel, position_table
+
+LM_PREFIX = "language_model."
+LATENT_TABLE = "latent_pos_embed.pos_embed"
+VISION_TABLE = "vit_pos_embed.pos_embed"
+
+# Permutation from the PyTorch layout to ours; its inverse goes back.
+_LAYOUTS: dict[str, tuple[int, ...] | None] = {
+    "same": None,
+    "transpose": (1, 0),  # Linear [out, in] <-> [in, out]
+    "conv": (2, 3, 1, 0),  # OIHW <-> HWIO
+    "conv1x1": (2, 3, 1, 0),  # OIHW with 1 x 1 kernel <-> [in, out]
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array: our name and shape, the PyTorch name and shape, and the layout change between them."""
+
+    ours: str
+    torch: str
+    layout: str
+    shape: tuple[int, ...]
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        return self.to_torch(np.broadcast_to(np.int8(0), self.shape)).shape
+
+    def from_torch(self, x: np.ndarray) -> np.ndarray:
+        axes = _LAYOUTS[self.layout]
+        y = x if axes is None else x.transpose(axes)
+        return y[0, 0] if self.layout == "conv1x1" else y
+
+    def to_torch(self, x: np.ndarray) -> np.ndarray:
+        axes = _LAYOUTS[self.layout]
+        if axes is None:
+            return x
+        if self.layout == "conv1x1":
+            x = x[None, None]
+        return x.transpose(np.argsort(axes))
+
+
+# Our name (regex) -> PyTorch name. {i}: layer. Experts: `und` has no suffix, `gen` has `_moe_gen`.
+_MODEL_RULES: list[tuple[str, str]] = [
+    (r"embed\.embedding", "language_model.model.embed_tokens.weight"),
+    (r"lm_head\.kernel", "language_model.lm_head.weight"),
+    (r"decoder\.norm\.(?P<e>und|gen)\.scale", "language_model.model.norm{e}.weight"),
+    (
+        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.(?P<p>[qkvo])\.(?P<leaf>kernel|bias)",
+        "language_model.model.layers.{i}.self_attn.{p}_proj{e}.{leaf}",
+    ),
+    (
+        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.(?P<p>[qk])_norm\.scale",
+        "language_model.model.layers.{i}.self_attn.{p}_norm{e}.weight",
+    ),
+    (
+        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.(?P<p>gate|up|down)\.kernel",
+        "language_model.model.layers.{i}.mlp{e}.{p}_proj.weight",
+    ),
+    (
+        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.attn_norm\.scale",
+        "language_model.model.layers.{i}.input_layernorm{e}.weight",
+    ),
+    (
+        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.mlp_norm\.scale",
+        "language_model.model.layers.{i}.post_attention_layernorm{e}.weight",
+    ),
+    (r"time_embedder\.fc1\.(?P<leaf>kernel|bias)", "time_embedder.mlp.0.{leaf}"),
+    (r"time_embedder\.fc2\.(?P<leaf>kernel|bias)", "time_embedder.mlp.2.{leaf}"),
+    (r"latent_in\.(?P<leaf>kernel|bias)", "vae2llm.{leaf}"),
+    (r"latent_out\.(?P<leaf>kernel|bias)", "llm2vae.{leaf}"),
+    (r"connector\.(?P<p>fc[12])\.(?P<leaf>kernel|bias)", "connector.{p}.{leaf}"),
+    (
+        r"vision\.patch_embedding\.(?P<leaf>kernel|bias)",
+        "vit_model.vision_model.embeddings.patch_embedding.{leaf}",
+    ),
+    (
+        r"vision\.position_embedding\.embedding",
+        "vit_model.vision_model.embeddings.position_embedding.weight",
+    ),
+    (
+        r"vision\.layers\.(?P<i>\d+)\.(?P<p>q|k|v|out)\.(?P<leaf>kernel|bias)",
+        "vit_model.vision_model.encoder.layers.{i}.self_attn.{p}_proj.{leaf}",
+    ),
+    (
+        r"vision\.layers\.(?P<i>\d+)\.(?P<p>fc[12])\.(?P<leaf>kernel|bias)",
+        "vit_model.vision_model.encoder.layers.{i}.mlp.{p}.{leaf}",
+    ),
+    (
+        r"vision\.layers\.(?P<i>\d+)\.norm(?P<p>[12])\.(?P<leaf>scale|bias)",
+        "vit_model.vision_model.encoder.layers.{i}.layer_norm{p}.{leaf}",
+    ),
+    (
+        r"vision\.post_norm\.(?P<leaf>scale|bias)",
+        "vit_model.vision_model.post_layernorm.{leaf}",
+    ),
+]
+
+_AE_RULES: list[tuple[str, str]] = [
+    (
+        r"(?P<a>.*\.(?:downsample|upsample))\.(?P<leaf>kernel|bias)",
+        "{a}.conv.{leaf}",
+    ),
+    (r"(?P<a>.*)\.(?P<leaf>kernel|scale|bias)", "{a}.{leaf}"),
+]
+
+_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_EXPERT = {"und": "", "gen": "_moe_gen"}
+
+
+def _torch_name(ours: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, template in rules:
+        if m := re.fullmatch(pattern, ours):
+            groups = m.groupdict()
+            if "leaf" in groups:
+                groups["leaf"] = _LEAF[groups["leaf"]]
+            if "e" in groups:
+                groups["e"] = _EXPERT[groups["e"]]
+            return template.format(**groups)
+    raise KeyError(f"no conversion rule for array '{ours}': add one to checkpoint/table.py")
+
+
+def _layout(name: str, shape: tuple[int, ...]) -> str:
+    if not name.endswith(".kernel"):
+        return "same"
+    if len(shape) == 4:
+        return "conv"
+    return "conv1x1" if ".attn_1." in name else "transpose"
+
+
+def unstacked_specs(module: Any) -> dict[str, params.ArraySpec]:
+    """Declarations by on-disk name: every layer spelled out."""
+    out: dict[str, params.ArraySpec] = {}
+    for name, spec in params.named_leaves(module):
+        if spec.dims and spec.dims[0] == params.LAYERS:
+            one = params.ArraySpec(spec.shape[1:], spec.dims[1:], spec.init, spec.dtype)
+            out.update(dict.fromkeys(params.unstacked_names(name, spec.shape[0]), one))
+        else:
+            out[name] = spec
+    return out
+
+
+def _entries(module: Any, rules: list[tuple[str, str]]) -> tuple[Entry, ...]:
+    entries = tuple(
+        Entry(name, _torch_name(name, rules), _layout(name, spec.shape), spec.shape)
+        for name, spec in unstacked_specs(module).items()
+    )
+    if len({e.torch for e in entries}) != len(entries):
+        raise AssertionError("two arrays map to one PyTorch tensor")
+    return entries
+
+
+@functools.lru_cache(maxsize=8)
+def model_table(cfg: ModelConfig) -> tuple[Entry, ...]:
+    """Entries of ``ema.safetensors`` (without the two frozen tables)."""
+    return _entries(UnifiedModel(cfg), _MODEL_RULES)
+
+
+@functools.lru_cache(maxsize=8)
+def autoencoder_table(cfg: AutoencoderConfig) -> tuple[Entry, ...]:
+    """Entries of ``ae.safetensors``."""
+    return _entries(Autoencoder(cfg), _AE_RULES)
+
+
+def frozen_tables(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
+    """PyTorch name -> (side, width) of the two frozen position tables, which are computed, never loaded."""
+    width = cfg.decoder.hidden_size
+    return {
+        LATENT_TABLE: (cfg.max_latent_size, width),
+        VISION_TABLE: (cfg.vision.max_patches_per_side, width),
+    }
+
+
+def frozen_table(cfg: ModelConfig, name: str) -> np.ndarray:
+    return position_table(*frozen_tables(cfg)[name])
+
+
+# -- whole modules in memory (small models, tests; big ones stream, checkpoint/convert.py) ------------------
+
+
+def module_from_torch(module: Any, entries: tuple[Entry, ...], tensors: Mapping[str, Any]) -> Any:
+    """Fills a module of declarations from PyTorch tensors held in memory, stacking layers."""
+    by_name = {e.ours: e.from_torch(np.asarray(tensors[e.torch])) for e in entries}
+    return module_from_flat(module, by_name)
+
+
+def module_from_flat(module: Any, arrays: Mapping[str, Any]) -> Any:
+    """Fills a module of declarations from arrays by on-disk name, stacking layers."""
+
+    def fill(name: str, spec: params.ArraySpec) -> np.ndarray:
+        if spec.dims and spec.dims[0] == params.LAYERS:
+            names = params.unstacked_names(name, spec.shape[0])
+            return np.stack([np.asarray(arrays[n]) for n in names])
+        return np.asarray(arrays[name])
+
+    return params.map_named(fill, module)
+
+
+def module_to_flat(module: Any) -> dict[str, Any]:
+    """Arrays by on-disk name from a filled module (views of the stacked arrays)."""
+    out: dict[str, Any] = {}
+    for name, value in params.named_leaves(module):
+        dims = _dims_of(module, name)
+        if dims and dims[0] == params.LAYERS:
+            for i, n in enumerate(params.unstacked_names(name, value.shape[0])):
+                out[n] = value[i]
+        else:
+            out[name] = value
+    return out
+
+
+def _dims_of(module: Any, name: str) -> tuple[str | None, ...]:
+    node = module
+    for part in name.split("."):
+        node = node[int(part)] if part.isdigit() else getattr(node, part)
+    return node.dims
+
+
+def module_to_torch(module: Any, entries: tuple[Entry, ...]) -> dict[str, np.ndarray]:
+    """PyTorch tensors from a filled module."""
+    arrays = module_to_flat(module)
+    return {
+        e.torch: np.ascontiguousarray(e.to_torch(np.asarray(arrays[e.ours]))) for e in entries
+    }

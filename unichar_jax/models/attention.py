@@ -1,0 +1,99 @@
+"""One attention function with several kernels behind it.
+
+A forward pass prepares its attention once (``prepare``): from the tokens' metadata to whatever the kernel wants (a
+dense mask for the reference). Every layer then calls ``attend`` with its q, k, v. Which kernel runs is chosen by name in
+``Compute.attention``; a name that cannot run is an error, never a silent fallback.
+
+Keys may come in two parts: a cached prefix and the tokens of this call. They are scored separately and share one
+softmax, so that a cache is never copied to append to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unichar_jax.models.streams import TokenMeta, visible
+
+_MASKED = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prepared:
+    """What a kernel needs besides q, k, v, shared by all layers of one forward pass."""
+
+    kernel: str = field(metadata=dict(static=True))
+    data: Any
+    prefix_mask: jax.Array | None = None
+
+
+def prepare(
+    q: TokenMeta, k: TokenMeta, kernel: str = "reference", prefix: TokenMeta | None = None
+) -> Prepared:
+    """Prepares attention of queries over keys (and over a cached prefix, with metadata ``prefix``)."""
+    from unichar_jax.models import kernels
+
+    if prefix is not None:  # sampling: short queries over a long cache, dense scores are the right kernel
+        return Prepared("reference", visible(q, k), visible(q, prefix))
+    return Prepared(kernel, kernels.get(kernel).prepare(q, k))
+
+
+def attend(
+    prepared: Prepared,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """Softmax attention with grouped queries.
+
+    Args:
+      prepared: from ``prepare``.
+      q: ``[B, Lq, num_heads, d]``.
+      k, v: ``[B, Lk, num_kv_heads, d]``; kv head j serves query heads j*g .. (j+1)*g - 1.
+      prefix: cached keys and values ``[B, Lp, num_kv_heads, d]``, if ``prepared`` has a prefix.
+
+    Returns:
+      ``[B, Lq, num_heads, d]`` in q's dtype; rows that see nothing (padding) are zero.
+    """
+    from unichar_jax.models import kernels
+
+    if prefix is None:
+        return kernels.get(prepared.kernel).run(prepared.data, q, k, v)
+    return _dense(q, [(*prefix, prepared.prefix_mask), (k, v, prepared.data)])
+
+
+def dense_attention(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The reference: full scores under a boolean mask ``[B, Lq, Lk]``; softmax in float32."""
+    return _dense(q, [(k, v, mask)])
+
+
+def _dense(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, Any]]) -> jax.Array:
+    b, lq, heads, d = q.shape
+    groups = parts[0][0].shape[2]
+    q = q.reshape(b, lq, groups, heads // groups, d)
+    scores = []
+    for k, _, mask in parts:
+        s = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32) * d**-0.5
+        scores.append(jnp.where(mask[:, None, None], s, _MASKED))
+    top = jnp.max(jnp.stack([s.max(axis=-1) for s in scores]), axis=0)[..., None]
+    top = jax.lax.stop_gradient(top)
+    # Masked scores underflow to exactly 0 unless a row sees nothing; such rows are zeroed below.
+    weights = [jnp.exp(s - top) for s in scores]
+    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
+    out = sum(
+        jnp.einsum(
+            "bhgqk,bkhd->bqhgd",
+            (w / total).astype(v.dtype),
+            v,
+            preferred_element_type=jnp.float32,
+        )
+        for w, (_, v, _) in zip(weights, parts, strict=True)
+    )
+    sees = jnp.any(jnp.stack([mask.any(axis=-1) for _, _, mask in parts]), axis=0)
+    out = jnp.where(sees[:, :, None, None, None], out, 0)
+    return out.reshape(b, lq, heads, d).astype(q.dtype)
