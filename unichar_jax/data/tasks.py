@@ -6,11 +6,11 @@ Three views of the same derivation, all from the raw JSON and the templates:
   :func:`processed_line` writes one as published, byte for byte.
 * :func:`samples` gives what training needs: a :class:`Sample` is a plan of text and image parts, each
   saying whether it carries a loss and whether guidance dropout may omit it.
-* :func:`test_items` gives the questions of the test sets, with what is known of their answers.
+* :func:`eval_items` gives the questions of the test sets, with what is known of their answers.
 
 A record that lacks what a task needs (a scene without its thinking) yields nothing for that task.
-The ``_full`` files of the publication are stale copies of an earlier generation run: a mixture of the
-tasks below replaces them.
+The ``_full`` files of the publication hold rows of an earlier generation run, which nothing shipped
+uses (``Bo_t2i_full`` too: its thoughts are others); a mixture of the tasks below replaces them.
 
 Source: UniCharacter (arXiv 2605.08129), data preparation and SFT loaders.
 """
@@ -67,7 +67,7 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class TestItem:
+class EvalItem:
     """One question of a test set.
 
     Attributes:
@@ -81,8 +81,6 @@ class TestItem:
       reference: the published answer; empty where there is none.
       options: letters and texts of a multiple-choice question.
     """
-
-    __test__ = False  # a data type, not a case for pytest
 
     key: str
     test_set: str
@@ -108,20 +106,9 @@ def _known(name: str, options: tuple[str, ...], what: str) -> None:
 def processed_rows(character: Character, task: str) -> list[dict[str, Any]]:
     """The rows of ``processed/{t2i,vlm}/<NAME>_<task>.jsonl``, in order.
 
-    Beside the tasks, ``t2i_full`` is known: one character was published with its in-scene rows, ten
-    times each, in one file.
-
     Raises:
       UserError: no such task.
     """
-    if task == "t2i_full":
-        repeated = [
-            row
-            for name in ("t2i", "t2i_with_thinking")
-            for _ in range(10)
-            for row in processed_rows(character, name)
-        ]
-        return [row | {"image": f"data/{row['image']}"} for row in repeated]
     _known(task, TASKS, "task")
     rows = _t2i_rows if task in T2I_TASKS else _vlm_rows
     return list(rows(character, task))
@@ -276,7 +263,7 @@ def _human_parts(exchange: _Exchange) -> Iterator[Part]:
 # -- test items ----------------------------------------------------------------------------------
 
 
-def test_items(character: Character, test_set: str) -> list[TestItem]:
+def eval_items(character: Character, test_set: str) -> list[EvalItem]:
     """The items of a test set; empty if this folder of the character has none.
 
     Raises:
@@ -286,7 +273,7 @@ def test_items(character: Character, test_set: str) -> list[TestItem]:
     prefix = f"{character.split}/{character.dir_name}/{test_set}"
     items = _TEST_SETS[test_set](character)
     return [
-        TestItem(f"{prefix}/{number}", test_set, character.name, *item)
+        EvalItem(f"{prefix}/{number}", test_set, character.name, *item)
         for number, item in enumerate(items)
     ]
 
