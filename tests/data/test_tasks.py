@@ -9,10 +9,10 @@ from unichar_jax.data.tasks import (
     TASKS,
     TEST_SETS,
     VLM_TASKS,
+    eval_items,
     processed_line,
     processed_rows,
     samples,
-    eval_items,
 )
 from unichar_jax.errors import UserError
 

@@ -402,6 +402,10 @@ class _Folder:
 
     def _overall(self, character: Character) -> None:
         """What only the whole folder shows."""
+        if " " in self.folder.name:
+            self.found.note(
+                ".", "", "", "a name without spaces", shown(self.folder.name), "quote it in a shell"
+            )
         found, main = self.found, "annotation.json"
         if not character.description and not found.failed:
             found.error(

@@ -1,0 +1,214 @@
+"""Checks a data folder and says everything that is wrong with it, at once.
+
+The reader already collects its findings; this module adds what only the pixels show (truncated
+files, real transparency, a picture used for both training and test), runs over any number of
+characters and prompt files, and prints the result. It changes nothing and reads nothing outside of
+the folder it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from unichar_jax.data.character import Character
+from unichar_jax.data.images import ImageError, image_header, open_image
+from unichar_jax.data.records import Finding
+from unichar_jax.data.rl_prompts import WITHOUT_QUESTIONS, scan_rl_prompts
+from unichar_jax.data.rolescape import find_characters, scan_character
+from unichar_jax.data.tasks import TASKS, TEST_SETS, eval_items, samples
+from unichar_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderReport:
+    """The findings about one character's folder or prompt file, and what it offers.
+
+    ``counts`` maps tasks and test sets (``test: <name>``) to their numbers of samples; it is empty if
+    there are errors.
+    """
+
+    name: str
+    findings: tuple[Finding, ...]
+    counts: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All findings under one path."""
+
+    path: Path
+    folders: tuple[FolderReport, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return self._all("error")
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        return self._all("note")
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+    def _all(self, severity: str) -> tuple[Finding, ...]:
+        return tuple(f for part in self.folders for f in part.findings if f.severity == severity)
+
+
+def check(path: Path) -> Report:
+    """Checks one character's folder, a whole data root, or a folder of RL prompts.
+
+    Raises:
+      UserError: there is no such path.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; give a character's folder or a data root.")
+    if path.is_file() or any(path.glob(f"*{WITHOUT_QUESTIONS}")):
+        return Report(path, (_check_prompts(path, path.name),))
+    if not any((path / part).is_dir() for part in ("train", "test", "personalized_data")):
+        return Report(path, (_check_character(path, path.name)[0],))
+    parts = []
+    seen: dict[str, Character] = {}
+    for folder in find_characters(path):
+        part, character = _check_character(folder, f"{folder.parent.name}/{folder.name}")
+        if character and character.split == "train":
+            seen[character.dir_name] = character
+        elif character and character.dir_name in seen:
+            more = _compare_splits(seen[character.dir_name], character)
+            part = dataclasses.replace(part, findings=part.findings + more)
+        parts.append(part)
+    prompts = path / "personalized_t2i"
+    for folder in sorted(prompts.iterdir()) if prompts.is_dir() else ():
+        if folder.is_dir() and not folder.name.startswith("."):
+            parts.append(_check_prompts(folder, f"personalized_t2i/{folder.name}"))
+    return Report(path, tuple(parts))
+
+
+def _check_character(folder: Path, name: str) -> tuple[FolderReport, Character | None]:
+    character, findings = scan_character(folder)
+    findings += _check_pixels(folder)
+    counts = {}
+    if character:
+        counts = {task: len(samples(character, task)) for task in TASKS}
+        counts |= {f"test: {test}": len(eval_items(character, test)) for test in TEST_SETS}
+    return FolderReport(name, findings, counts), character
+
+
+def _check_pixels(folder: Path) -> tuple[Finding, ...]:
+    """Decodes every picture. What its header shows, the reader has reported already."""
+    findings = []
+    for path in sorted(folder.glob("*.png")):
+        try:
+            image_header(path.name, folder)
+        except ImageError:
+            continue
+        try:
+            image = open_image(path.name, folder)
+        except ImageError as error:
+            findings.append(
+                Finding("error", path.name, "", "", "a whole picture", "a broken one", str(error))
+            )
+            continue
+        if _transparent(image):
+            findings.append(
+                Finding(
+                    "note",
+                    path.name,
+                    "",
+                    "",
+                    "an opaque picture",
+                    "transparency",
+                    "it is composited on white",
+                )
+            )
+    return tuple(findings)
+
+
+def _transparent(image: Image.Image) -> bool:
+    if not image.has_transparency_data:
+        return False
+    lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
+    return isinstance(lowest, int | float) and lowest < 255
+
+
+def _compare_splits(train: Character, test: Character) -> tuple[Finding, ...]:
+    findings = []
+    for field in ("description", "opening"):
+        if getattr(train, field) != getattr(test, field):
+            findings.append(
+                Finding(
+                    "error",
+                    "annotation.json",
+                    "",
+                    field,
+                    "the same as in the train folder",
+                    "another",
+                    "use one text in both folders",
+                )
+            )
+    known = {_digest(image.path): image.id for image in train.images}
+    for image in test.images:
+        twin = known.get(_digest(image.path))
+        if twin is not None:
+            findings.append(
+                Finding(
+                    "error",
+                    f"{image.id}.png",
+                    "",
+                    "",
+                    "a picture that training does not see",
+                    f"train/{twin}.png again",
+                    "test with another picture",
+                )
+            )
+    return tuple(findings)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_prompts(path: Path, name: str) -> FolderReport:
+    prompts, findings = scan_rl_prompts(path)
+    counts = {"rl prompts": len(prompts), "rl questions": sum(len(p.questions) for p in prompts)}
+    return FolderReport(name, findings, counts)
+
+
+def main_check(path: Path, console: Console | None = None) -> int:
+    """Checks ``path``, prints the report, and returns the exit code: 1 if there is an error."""
+    console = console or Console()
+    report = check(path)
+    for part in report.folders:
+        console.print(_heading(part))
+        if part.findings:
+            console.print(_table(part.findings))
+    errors, notes = len(report.errors), len(report.notes)
+    summary = f"{len(report.folders)} checked, {errors} errors, {notes} notes: "
+    verdict = "ready to train on." if report.ok else "mend the errors, then check again."
+    console.print(Text(summary + verdict, style="green" if report.ok else "red"))
+    return 0 if report.ok else 1
+
+
+def _heading(part: FolderReport) -> Text:
+    heading = Text(part.name, style="bold")
+    offered = ", ".join(f"{name} {count}" for name, count in part.counts.items() if count)
+    if offered:
+        heading.append(f"\n  {offered}", style="dim")
+    return heading
+
+
+def _table(findings: tuple[Finding, ...]) -> Table:
+    table = Table("", "file", "place", "expected", "got", "remedy", box=None, pad_edge=False)
+    for f in sorted(findings, key=lambda f: f.severity):
+        place = ": ".join(text for text in (f.record, f.field) if text)
+        style = "red" if f.severity == "error" else "yellow"
+        cells = (f.file, place, f.expected, f.got, f.remedy)
+        table.add_row(Text(f.severity, style=style), *map(Text, cells))
+    return table
