@@ -65,7 +65,7 @@ def write_tiny_character(folder: Path, scenes: int) -> None:
     write_json(folder / "annotation.json", meta | {"scenes": turns})
     rich = json.loads(json.dumps(turns))
     for i, (_, machine) in enumerate(rich):
-        draw_picture(folder / f"{i}.png", i)
+        draw_picture(folder / f"{i}.png", i if folder.parent.name == "train" else i + 10)
         machine["thinking_process"] = f"Tess shows that it is {i}."
         machine["generation_instruction"] = f"A blue circle, {i} o'clock."
         if folder.parent.name == "train":
