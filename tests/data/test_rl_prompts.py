@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from unichar_jax.data import rl_prompts
 from unichar_jax.data.records import DataError
@@ -66,3 +68,21 @@ def test_absent_and_empty(tmp_path):
         rl_prompts.read_rl_prompts(tmp_path)
     with pytest.raises(DataError, match="at least one prompt"):
         rl_prompts.read_rl_prompts(_write(tmp_path))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=60)
+    | st.dictionaries(
+        st.sampled_from(["text", "scene_id", "vqa_questions", "reference_images_path"]),
+        st.none()
+        | st.text(max_size=4)
+        | st.integers()
+        | st.lists(st.dictionaries(st.text(), st.none())),
+    ).map(lambda row: json.dumps(row).encode())
+)
+def test_any_content_gives_prompts_or_findings(tmp_path, content):
+    path = tmp_path / "x_pure_t2i.jsonl"
+    path.write_bytes(content)
+    prompts, findings = rl_prompts.scan_rl_prompts(path)
+    assert prompts or any(finding.severity == "error" for finding in findings)

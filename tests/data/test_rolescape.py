@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -225,8 +226,9 @@ def test_faults_are_reported_together(tiny_root):
 
 def test_contradicting_scene_files(tiny_root):
     _edit(tiny_root, "annotation.json", lambda v: v["scenes"][0][0].update(text="Else?"))
-    (error,) = _errors(tiny_root)
-    assert "Tess_with_image.json" in error.expected
+    tess = rolescape.read_character(tiny_root / TESS)
+    assert tess.scenes[0].user == "What do you do at 0 o'clock?"
+    assert any("Tess_with_image.json" in note.expected for note in tess.notes)
 
 
 def test_nothing_outside_the_folder_is_read(tiny_root, tmp_path):
@@ -241,6 +243,11 @@ def test_nothing_outside_the_folder_is_read(tiny_root, tmp_path):
     errors = _errors(tiny_root)
     assert {"0.png", "Tess_personality_test.json"} <= {error.file for error in errors}
     assert "stolen" not in "".join(map(str, errors))
+
+
+def test_a_relative_path(tiny_root, monkeypatch):
+    monkeypatch.chdir(tiny_root / TESS)
+    assert rolescape.read_character(Path()).dir_name == "Friends-Tess"
 
 
 def test_empty_and_absent_folders(tmp_path):

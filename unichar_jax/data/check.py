@@ -70,6 +70,7 @@ def check(path: Path) -> Report:
     """
     if not path.exists():
         raise UserError(f"{path}: no such folder; give a character's folder or a data root.")
+    path = path.absolute()
     if path.is_file() or any(path.glob(f"*{WITHOUT_QUESTIONS}")):
         return Report(path, (_check_prompts(path, path.name),))
     if not any((path / part).is_dir() for part in ("train", "test", "personalized_data")):

@@ -224,14 +224,14 @@ class Record:
             pairs.append((user, machine))
         return pairs
 
-    def texts(self, field: str, *, required: bool = False) -> tuple[str, ...]:
-        """A list of non-empty strings."""
+    def texts(self, field: str, *, required: bool = False, blank: bool = False) -> tuple[str, ...]:
+        """A list of strings; with ``blank`` they may be empty."""
         values = self._list(field, required)
         box = Record(self.found, self.file, self.place, {})
         good = []
         for i, value in enumerate(values):
             box.data[f"{field}[{i}]"] = value
-            good.append(box.text(f"{field}[{i}]"))
+            good.append(box.text(f"{field}[{i}]", required=not blank))
         return tuple(good)
 
 

@@ -40,6 +40,7 @@ SERIES = ("Friends-", "Genshin-", "Harry Potter-", "Mahjong Soul-", "Pokemon-")
 """Prefixes of folder names that are not part of a character's name."""
 
 _IMAGE_ID = re.compile(r"[\w][\w .-]*", re.UNICODE)
+_OTHER_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _CHECK = "Run `unichar data check` on the folder for the full list."
 
 
@@ -102,7 +103,7 @@ def scan_character(folder: Path) -> tuple[Character | None, tuple[Finding, ...]]
             folder.name, "", "", "a character's folder", "no such folder", "correct the path"
         )
         return None, found.all
-    character = _Folder(Path(folder), found).read()
+    character = _Folder(Path(folder).absolute(), found).read()
     return (None if found.failed else character), found.all
 
 
@@ -179,7 +180,11 @@ class _Folder:
 
     def _read_images(self) -> None:
         for path in _listing(self.folder):
-            if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+            if path.suffix == ".png" and not path.name.startswith("."):
+                image = self._image(path.name)
+                if image:
+                    self.images[image.id] = image
+            elif path.suffix.lower() in _OTHER_PICTURES:
                 self.found.note(
                     path.name,
                     "",
@@ -188,10 +193,6 @@ class _Folder:
                     f"'{path.suffix}'",
                     "it is ignored; rename it to <id>.png to use it",
                 )
-            elif path.suffix == ".png" and not path.name.startswith("."):
-                image = self._image(path.name)
-                if image:
-                    self.images[image.id] = image
         ids = [image_id for image_id in self.images if image_id.isdigit()]
         missing = [str(i) for i in range(len(ids)) if str(i) not in self.images]
         if missing:
@@ -270,17 +271,17 @@ class _Folder:
         return tuple(scenes)
 
     def _compare(self, plain: Record, scenes: tuple[Scene, ...], rich: tuple[Scene, ...]) -> None:
-        """Two files tell the scenes; they must not contradict each other."""
+        """Two files tell the scenes; a contradiction is worth knowing."""
 
         def essence(scene: Scene) -> tuple[str, str, str]:
             return scene.user, scene.reply, scene.image.id
 
         if list(map(essence, scenes)) != list(map(essence, rich)) and not self.found.failed:
-            plain.error(
+            plain.note(
                 "scenes",
                 f"the dialogues of {self.name}_with_image.json",
                 "others",
-                "make both files tell the same scenes in the same order",
+                "those of the other file are used; make both tell the same scenes",
             )
 
     def _captions(self) -> tuple[Caption, ...]:
@@ -324,7 +325,7 @@ class _Folder:
                 item.text("evidence", required=False),
                 item.text("type", required=False),
                 item.text("difficulty", required=False),
-                item.texts("reasoning_steps"),
+                item.texts("reasoning_steps", blank=True),
                 item.number("confidence", 1.0, 0.0, 100.0),
             )
             for item in items
