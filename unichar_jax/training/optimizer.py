@@ -1,0 +1,60 @@
+"""AdamW with clipping and schedule, and where its state lives on the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from unichar_jax.config.train import OptimizerConfig
+from unichar_jax.parallel import mesh as mesh_lib
+
+
+def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate at an (optimiser) step, counted from 0."""
+    peak, warmup = cfg.learning_rate, cfg.warmup_steps
+    if cfg.schedule == "cosine":
+        body = optax.cosine_decay_schedule(
+            peak, max(steps - warmup, 1), alpha=cfg.min_learning_rate / peak
+        )
+    else:
+        body = optax.constant_schedule(peak)
+    if warmup == 0:
+        return body
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    adamw = optax.adamw(
+        schedule(cfg, steps),
+        b1=cfg.beta1,
+        b2=cfg.beta2,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        mu_dtype=jnp.dtype(cfg.first_moment_dtype),
+    )
+    if cfg.max_grad_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
+
+
+def state_shardings(abstract_state: Any, parameters: dict[str, Any], mesh: Mesh) -> Any:
+    """Shardings of an optimiser state: moments follow their parameter, counters are replicated.
+
+    Args:
+      abstract_state: ``jax.eval_shape`` of the optimiser's init.
+      parameters: name -> array or struct with a sharding.
+      mesh: of the result.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> Any:
+        for entry in reversed(path):
+            parameter = parameters.get(getattr(entry, "key", None))
+            if parameter is not None and parameter.shape == leaf.shape:
+                return parameter.sharding
+        return mesh_lib.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
