@@ -126,7 +126,12 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(**picks, jitter=int(rng.integers(2**31)))
 
 
-def attributes(look: Look, scene: Scene) -> dict[str, int]:
-    """Returns the class index of every attribute, keyed as in `ATTRIBUTES`."""
+def values(look: Look, scene: Scene) -> dict[str, str]:
+    """Returns the value of every attribute, keyed and ordered as in `ATTRIBUTES`."""
     record = {**dataclasses.asdict(look), **dataclasses.asdict(scene)}
-    return {name: values.index(record[name]) for name, values in ATTRIBUTES.items()}
+    return {name: record[name] for name in ATTRIBUTES}
+
+
+def attributes(look: Look, scene: Scene) -> dict[str, int]:
+    """Returns the class index of every attribute, keyed and ordered as in `ATTRIBUTES`."""
+    return {name: ATTRIBUTES[name].index(value) for name, value in values(look, scene).items()}
