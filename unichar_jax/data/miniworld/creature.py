@@ -24,7 +24,7 @@ class Creature:
         self.shape = SHAPES[look.species]
         self.body = PALETTE[look.colour]
         self.belly = PALETTE[look.belly]
-        self.mark = shade(self.body, 0.62)
+        self.mark = shade(self.body, 0.52)
 
     def paint(self) -> None:
         """Paints everything from back to front."""
@@ -128,7 +128,7 @@ class Creature:
             for y in (64.5, 71.5, 78.5):
                 for side in (-1, 1):
                     edge = CX + side * (rx - (1.4 if y != 71.5 else 0.6))
-                    pen.line([(edge, y), (edge - side * 7, y + 0.8)], 2.8, self.mark)
+                    pen.line([(edge, y), (edge - side * 7.5, y + 0.8)], 3.2, self.mark)
         elif self.look.pattern == "spotted":
             for dx, y, r in (
                 (0.8, 66, 2.3),
@@ -137,7 +137,7 @@ class Creature:
                 (-0.66, 80.5, 2.0),
                 (-0.62, 63, 2.0),
             ):
-                pen.oval(CX + dx * rx, y, r, r, self.mark)
+                pen.oval(CX + dx * rx, y, r + 0.6, r + 0.6, self.mark)
 
     # -- head ---------------------------------------------------------------------------------
 
@@ -217,8 +217,10 @@ class Creature:
                 pen.oval(CX, 53, 18, 6, belly)
                 for side in (-1, 1):
                     pen.ball(CX + side * 13.5, 28, 8.4, 8.4, body)
+            case "ghost":
+                pen.oval(CX, 53.5, 9.5, 6.8, belly)
             case "robot":
-                pen.box(CX - 18, 31, CX + 18, 57, belly, 4)
+                pen.box(CX - 16, 32, CX + 16, 57, belly, 4)
             case _:
                 pass
 
@@ -229,11 +231,11 @@ class Creature:
                 for y in (43.5, 49.5):
                     inset = rx * (1 - math.sqrt(max(0.0, 1 - ((y - CY) / ry) ** 2))) + 0.6
                     edge = CX + side * (rx - inset)
-                    pen.line([(edge, y), (edge - side * 5.5, y)], 2.5, self.mark)
+                    pen.line([(edge, y), (edge - side * 6, y)], 3.0, self.mark)
             for dx in (-5, 0, 5):
                 pen.line(
                     [(CX + dx, CY - ry + 1.8 + abs(dx) * 0.25), (CX + dx, CY - ry + 7)],
-                    2.4,
+                    3.0,
                     self.mark,
                 )
         elif self.look.pattern == "spotted":
@@ -246,7 +248,7 @@ class Creature:
                 (-0.74, 0.5, 1.9),
                 (0.06, -0.5, 1.7),
             ):
-                pen.oval(CX + dx * rx, CY + dy * ry, r, r, self.mark)
+                pen.oval(CX + dx * rx, CY + dy * ry, r + 0.5, r + 0.5, self.mark)
 
     # -- face ---------------------------------------------------------------------------------
 
@@ -342,8 +344,22 @@ class Creature:
         skin = METAL if self.look.species == "robot" else self.body
         pen.line([start, hand], width, shade(skin, 0.74))
         pen.line([start, hand], width - 1.6, shade(skin, 0.96))
+        self._pattern_arm(start, hand)
         if self.look.species == "robot":
             pen.ball(*hand, 4.2, 4.2, self.body)
+
+    def _pattern_arm(self, start: Point, hand: Point) -> None:
+        """Bands across the arm or dots along it, so that a book or a cape never hides the pattern."""
+        dx, dy = hand[0] - start[0], hand[1] - start[1]
+        reach = math.hypot(dx, dy)
+        half = self.shape.arm / 2 - 1.2
+        for along in (0.5, 0.85):
+            x, y = start[0] + dx * along, start[1] + dy * along
+            if self.look.pattern == "striped":
+                u, v = -dy / reach * half, dx / reach * half
+                self.pen.line([(x - u, y - v), (x + u, y + v)], 2.2, self.mark)
+            elif self.look.pattern == "spotted":
+                self.pen.oval(x, y, 1.8, 1.8, self.mark)
 
     def _arms(self) -> None:
         pen = self.pen
