@@ -346,7 +346,7 @@ def talk_exchange(
     sentence = pick(rng, _sentences(topic, profile.voice, known))
     own = topic in ("joke", "advice")  # these are in the voice's own words already
     if not own:
-        sentence = sentence.format(**dataclasses.asdict(profile), a_job=a(profile.job))
+        sentence = sentence.format(**vars(profile), a_job=a(profile.job))
     reply = say(profile.voice, sentence, rng, catchphrase=profile.catchphrase, swap=not own)
     return Exchange(topic, user, reply)
 

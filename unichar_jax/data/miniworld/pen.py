@@ -25,7 +25,8 @@ _CIRCLE = tuple((math.cos(2 * math.pi * i / 36), math.sin(2 * math.pi * i / 36))
 @functools.cache
 def mix(a: Colour, b: Colour, amount: float) -> Colour:
     """Blends two colours: all `a` at amount 0, all `b` at 1."""
-    return tuple(round(x + (y - x) * amount) for x, y in zip(a, b, strict=True))  # pyright: ignore
+    red, green, blue = (round(x + (y - x) * amount) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 @functools.cache
@@ -111,5 +112,5 @@ class Pen:
         self, x: float, y: float, rx: float, ry: float, start: float, end: float, fill: Colour
     ) -> None:
         """An ellipse cut straight between two angles (degrees, clockwise from the right)."""
-        box = self._at([(x - rx, y - ry), (x + rx, y + ry)])
-        self._draw.chord(box, start, end, fill=fill)  # pyright: ignore[reportArgumentType]
+        corners = self._at([(x - rx, y - ry), (x + rx, y + ry)])
+        self._draw.chord(corners, start, end, fill=fill)

@@ -34,8 +34,8 @@ class Light:
     lamp: Colour | None
 
     def __call__(self, colour: Colour) -> Colour:
-        lit: Colour = tuple(round(c * t) for c, t in zip(colour, self.tint, strict=True))  # pyright: ignore
-        return mix(lit, self.sky[1], self.haze)
+        red, green, blue = (round(c * t) for c, t in zip(colour, self.tint, strict=True))
+        return mix((red, green, blue), self.sky[1], self.haze)
 
 
 LIGHTS = {

@@ -179,7 +179,7 @@ _ANSWERED = {
 def _words(profile: Profile) -> dict[str, str]:
     his = "her" if profile.pronoun == "she" else "his"
     return {
-        **dataclasses.asdict(profile),
+        **vars(profile),
         "He": capital(profile.pronoun),
         "His": capital(his),
         "a_job": a(profile.job),

@@ -198,7 +198,7 @@ def say(
         swap: replace words; off for a sentence that is in the voice's own words already.
     """
     style = VOICES[voice]
-    if time in style.rhymes:
+    if time and time in style.rhymes:
         sentence = f"{sentence.rstrip('.')}, {pick(rng, style.rhymes[time])}"
     spoken = f"{pick(rng, style.openers)} {_swap(sentence, style.swaps if swap else ())}"
     closer = catchphrase if catchphrase and rng.random() < 0.8 else pick(rng, style.closers)

@@ -128,7 +128,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 def values(look: Look, scene: Scene) -> dict[str, str]:
     """Returns the value of every attribute, keyed and ordered as in `ATTRIBUTES`."""
-    record = {**dataclasses.asdict(look), **dataclasses.asdict(scene)}
+    record = {**vars(look), **vars(scene)}
     return {name: record[name] for name in ATTRIBUTES}
 
 

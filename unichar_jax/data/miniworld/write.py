@@ -115,6 +115,8 @@ def write_character(
     Raises:
         UserError: a folder exists and `overwrite` is off, or too many pictures are asked for.
     """
+    order = tuple(CAST).index(member.name) if member.name in CAST else len(CAST)
+    seed = seed * 1000 + order  # each member has scenes of its own
     plan = plan_scenes(train_images, test_images, rl_prompts, seed)
     targets = {
         "train": root / "personalized_data" / "train" / member.name,
@@ -150,8 +152,7 @@ class _Writer:
     def __init__(self, member: Member, folder: Path, size: int, seed: int) -> None:
         self.member, self.folder, self.size = member, folder, size
         self.profile, self.name = member.profile, member.name
-        order = tuple(CAST).index(member.name) if member.name in CAST else len(CAST)
-        self.rng = np.random.default_rng((seed, order))
+        self.rng = np.random.default_rng((seed, 8))
         self.base_turns: list[list[dict[str, str]]] = []
 
     def _json(self, part: str, kind: str, content: dict[str, Any]) -> None:
