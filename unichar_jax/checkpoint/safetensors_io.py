@@ -1,11 +1,13 @@
 """The safetensors format, read through memory maps and written one tensor at a time.
 
-``open_file`` checks a file's header against its size before any tensor is touched, so that a damaged download is one
-clear error; ``TensorFile.read`` returns a view of the mapped file, which costs no anonymous memory in any dtype
-(bfloat16 included, through ``ml_dtypes``). ``write_file`` writes the header from shapes alone and then asks for one
-tensor after another. Nothing here knows a model: names and layouts are the business of ``table.py``.
+``open_file`` checks a file's header against its size before any tensor is touched, so that a damaged
+download is one clear error; ``TensorFile.read`` returns a view of the mapped file, which costs no
+anonymous memory in any dtype (bfloat16 included, through ``ml_dtypes``). ``write_file`` writes the
+header from shapes alone and then asks for one tensor after another. Nothing here knows a model: names
+and layouts are the business of ``table.py``.
 
-Format: https://github.com/huggingface/safetensors (8-byte little-endian header length, JSON header, bytes).
+Format: https://github.com/huggingface/safetensors (8-byte little-endian header length, JSON header,
+bytes).
 """
 
 from __future__ import annotations
@@ -80,9 +82,7 @@ class TensorFile:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path}: not a complete safetensors file: {what}. Download or export it again."
-    )
+    return UserError(f"{path}: not a complete safetensors file: {what}. Download or export it again.")
 
 
 def open_file(path: str | Path) -> TensorFile:
@@ -128,9 +128,7 @@ def _check_ranges(
         if info.start != at or end - info.start != info.nbytes:
             raise _damaged(path, f"the byte range of tensor '{info.name}' is wrong in the header")
         if end > size:
-            raise _damaged(
-                path, f"tensor '{info.name}' ends at byte {end}, the file at {size} (truncated)"
-            )
+            raise _damaged(path, f"tensor '{info.name}' ends at byte {end}, the file at {size} (truncated)")
         at = end
     if at != size:
         raise _damaged(path, f"its tensors end at byte {at}, the file at {size}")
@@ -156,9 +154,7 @@ def write_file(
     at = 0
     for name, (shape, dtype) in specs.items():
         end = at + math.prod(shape) * np.dtype(dtype).itemsize
-        header[name] = dict(
-            dtype=_NAMES[np.dtype(dtype)], shape=list(shape), data_offsets=[at, end]
-        )
+        header[name] = dict(dtype=_NAMES[np.dtype(dtype)], shape=list(shape), data_offsets=[at, end])
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

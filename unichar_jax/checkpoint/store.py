@@ -1,15 +1,15 @@
 """Reading and writing models on disk: what everything above this floor uses.
 
-``load_config``, ``load_model``, ``load_autoencoder`` and ``load_tokenizer`` take a directory of either kind, a BAGEL
-directory (PyTorch safetensors) or a model directory (Orbax), and ``load_model`` also takes a training step, whose
-weights are an item of the same layout. Files spell every layer out; modules hold layers stacked: ``flat_abstract``,
-``stack_flat`` and ``unstack`` go between the two. With a mesh, arrays are built shard by shard in their place and never
-whole on the host. Conversion of models that do not fit in memory is ``convert.py``'s.
+``load_config``, ``load_model``, ``load_autoencoder`` and ``load_tokenizer`` take a directory of either
+kind, a BAGEL directory (PyTorch safetensors) or a model directory (Orbax), and ``load_model`` also
+takes a training step, whose weights are an item of the same layout. Files spell every layer out;
+modules hold layers stacked: ``flat_abstract``, ``stack_flat`` and ``unstack`` go between the two. With
+a mesh, arrays are built shard by shard in their place and never whole on the host. Conversion of models
+that do not fit in memory is ``convert.py``'s.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,9 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from unichar_jax.checkpoint import table, writing
 from unichar_jax.checkpoint import weights as weights_lib
-from unichar_jax.checkpoint.weights import AUTOENCODER, MODEL, OrbaxWeights, TorchWeights
-from unichar_jax.config.model import AutoencoderConfig, ModelConfig
+from unichar_jax.checkpoint.safetensors_io import write_file
+from unichar_jax.checkpoint.weights import (
+    AE_FILE,
+    AUTOENCODER,
+    MODEL,
+    ArrayInfo,
+    OrbaxWeights,
+    TorchWeights,
+    array_bytes,
+)
+from unichar_jax.checkpoint.writing import CONFIG_FILES
+from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
@@ -34,14 +45,15 @@ if TYPE_CHECKING:
 
 M = TypeVar("M")
 
-CONFIG_FILE = "llm_config.json"
+CONFIG_FILE = CONFIG_FILES[0]
+_BATCH_BYTES = 2 << 30  # restored before it is stacked: the most that loading holds twice
 
 
 # -- directories --------------------------------------------------------------------------------------------
 
 
 def config_folder(path: str | Path) -> Path:
-    """The folder that holds a model's configs and tokenizer: ``path``, or for a training step a folder above it."""
+    """The folder of a model's configs and tokenizer: ``path``, or for a training step a folder above it."""
     path = Path(path)
     for folder in (path, *list(path.absolute().parents)[:2]):
         if (folder / CONFIG_FILE).is_file():
@@ -56,6 +68,46 @@ def load_config(path: str | Path) -> ModelConfig:
     return ModelConfig.from_bagel(config_folder(path))
 
 
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, checked against the model's ids of the four special tokens.
+
+    Raises:
+      UserError: no tokenizer files, or one whose special tokens have other ids.
+    """
+    import transformers
+
+    folder = config_folder(path)
+    if (folder / "tokenizer.json").is_file():
+        kind: Any = transformers.PreTrainedTokenizerFast
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        kind = transformers.Qwen2TokenizerFast
+    else:
+        raise UserError(
+            f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt. Copy them from"
+            " the BAGEL download."
+        )
+    tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    ids = ModelConfig.from_bagel(folder).special_tokens
+    expected = {
+        "<|im_start|>": ids.bos,
+        "<|im_end|>": ids.eos,
+        "<|vision_start|>": ids.image_start,
+        "<|vision_end|>": ids.image_end,
+    }
+    wrong = [
+        f"{token}: expected {want}, got {got}"
+        for token, want in expected.items()
+        if (got := tokenizer.convert_tokens_to_ids(token)) != want
+    ]
+    if wrong:
+        raise UserError(
+            f"{folder}: the tokenizer does not belong to this model:\n  "
+            + "\n  ".join(wrong)
+            + "\nCopy the tokenizer files of the model's own download."
+        )
+    return tokenizer
+
+
 # -- modules ------------------------------------------------------------------------------------------------
 
 
@@ -65,7 +117,7 @@ def load_model(
     compute: Compute | None = None,
     mesh: Mesh | None = None,
     dtype: Any = None,
-    item: str = MODEL,
+    item: str | None = None,
 ) -> UnifiedModel:
     """Loads the unified model with its layers stacked.
 
@@ -74,7 +126,7 @@ def load_model(
       compute: how the module computes; does not touch what is loaded.
       mesh: arrays go straight to their place on this mesh; without one, to the default device.
       dtype: of the loaded arrays; by default as stored.
-      item: the Orbax item that holds the weights; ignored for safetensors.
+      item: for a training step, the item to load: ``weights`` (the default) or ``ema``.
 
     Raises:
       UserError: the weights do not fit the configs beside them; every problem is listed.
@@ -84,9 +136,7 @@ def load_model(
     return _fill(UnifiedModel(cfg, compute), weights, mesh, dtype)
 
 
-def load_autoencoder(
-    path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> Autoencoder:
+def load_autoencoder(path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Autoencoder:
     """Loads the autoencoder that is beside a model; ``dtype`` None keeps the stored one."""
     folder = config_folder(path)
     cfg = ModelConfig.from_bagel(folder)
@@ -95,13 +145,22 @@ def load_autoencoder(
 
 
 def _fill(module: M, weights: TorchWeights | OrbaxWeights, mesh: Mesh | None, dtype: Any) -> M:
+    """Arrays for a module of declarations, a few gigabytes of stacked layers at a time."""
     if isinstance(weights, TorchWeights):
         return params.map_named(
             lambda name, spec: _array_from_views(name, spec, weights, mesh, dtype), module
         )
-    return params.map_named(
-        lambda name, spec: _array_from_orbax(name, spec, weights, mesh, dtype), module
-    )
+    filled: dict[str, jax.Array] = {}
+    batch: dict[str, params.ArraySpec] = {}
+    size = 0
+    for name, spec in params.named_leaves(module):
+        batch[name] = spec
+        size += sum(array_bytes(weights.infos[n]) for n in _stored_names(name, spec))
+        if size > _BATCH_BYTES:
+            filled |= _arrays_from_orbax(batch, weights, mesh, dtype)
+            batch, size = {}, 0
+    filled |= _arrays_from_orbax(batch, weights, mesh, dtype)
+    return params.map_named(lambda name, _: filled[name], module)
 
 
 def _stored_names(name: str, spec: params.ArraySpec) -> list[str]:
@@ -136,19 +195,34 @@ def _array_from_views(
     return jax.make_array_from_callback(spec.shape, sharding, block, dtype=dtype)
 
 
-def _array_from_orbax(
-    name: str, spec: params.ArraySpec, weights: OrbaxWeights, mesh: Mesh | None, dtype: Any
-) -> jax.Array:
-    """One array of a module: its layers are restored to their shards, then stacked there."""
-    names = _stored_names(name, spec)
-    stacked = _is_stacked(spec.dims)
-    one = params.ArraySpec(spec.shape[1:], spec.dims[1:], spec.init) if stacked else spec
-    targets = {n: _target(one, dtype or weights.infos[n].dtype, mesh) for n in names}
-    arrays = weights.load(targets)
-    if not stacked:
-        return arrays[name]
-    out = None if mesh is None else mesh_lib.sharding_for(spec.dims, spec.shape, mesh)
-    return _stack([arrays.pop(n) for n in names], out)
+def _arrays_from_orbax(
+    specs: Mapping[str, params.ArraySpec], weights: OrbaxWeights, mesh: Mesh | None, dtype: Any
+) -> dict[str, jax.Array]:
+    """Some arrays of a module: layers are restored to their shards, then stacked there."""
+    targets: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, spec in specs.items():
+        for n in _stored_names(name, spec):
+            targets[n] = _target(_one_layer(spec), dtype or weights.infos[n].dtype, mesh)
+    stored = weights.load(targets) if targets else {}
+    shardings = None
+    if mesh is not None:
+        shardings = {n: mesh_lib.sharding_for(s.dims, s.shape, mesh) for n, s in specs.items()}
+
+    def stack(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {
+            name: jnp.stack([arrays[n] for n in _stored_names(name, spec)])
+            if _is_stacked(spec.dims)
+            else arrays[name]
+            for name, spec in specs.items()
+        }
+
+    return jax.jit(stack, out_shardings=shardings)(stored)
+
+
+def _one_layer(spec: params.ArraySpec) -> params.ArraySpec:
+    if not _is_stacked(spec.dims):
+        return spec
+    return params.ArraySpec(spec.shape[1:], spec.dims[1:], spec.init, spec.dtype)
 
 
 def _target(spec: params.ArraySpec, dtype: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
@@ -157,10 +231,6 @@ def _target(spec: params.ArraySpec, dtype: Any, mesh: Mesh | None) -> jax.ShapeD
     else:
         sharding = mesh_lib.sharding_for(spec.dims, spec.shape, mesh)
     return jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype), sharding=sharding)
-
-
-def _stack(layers: Sequence[jax.Array], sharding: Any) -> jax.Array:
-    return jax.jit(lambda *xs: jnp.stack(xs), out_shardings=sharding)(*layers)
 
 
 # -- stacked modules <-> flat arrays by on-disk name ---------------------------------------------------------
@@ -172,16 +242,13 @@ def flat_abstract(
     """The flat Orbax target of a module of declarations: ``{on-disk name: shape, dtype, sharding}``."""
     out: dict[str, jax.ShapeDtypeStruct] = {}
     for name, spec in params.named_leaves(module):
-        stacked = _is_stacked(spec.dims)
-        one = params.ArraySpec(spec.shape[1:], spec.dims[1:], spec.init) if stacked else spec
-        out.update(
-            dict.fromkeys(_stored_names(name, spec), _target(one, dtype or spec.dtype, mesh))
-        )
+        target = _target(_one_layer(spec), dtype or spec.dtype, mesh)
+        out |= dict.fromkeys(_stored_names(name, spec), target)
     return out
 
 
 def stack_flat(module: M, arrays: Mapping[str, Any]) -> M:
-    """Fills a module of declarations from flat arrays, stacking layers; traceable, so usable under ``jax.jit``."""
+    """Fills a module of declarations from flat arrays, stacking layers; usable under ``jax.jit``."""
 
     def fill(name: str, spec: params.ArraySpec) -> Any:
         names = _stored_names(name, spec)
@@ -193,7 +260,7 @@ def stack_flat(module: M, arrays: Mapping[str, Any]) -> M:
 def unstack(declared: Any, module: Any) -> dict[str, Any]:
     """Flat arrays by on-disk name from a filled ``module``; ``declared`` is the same module of declarations.
 
-    Traceable, so usable under ``jax.jit``; shardings of the layers are those of the stack without its first dimension.
+    Usable under ``jax.jit``; a layer is sharded as the stack is without its first dimension.
     """
     out: dict[str, Any] = {}
     values = params.flat(module)
@@ -203,3 +270,83 @@ def unstack(declared: Any, module: Any) -> dict[str, Any]:
         else:
             out[name] = values[name]
     return out
+
+
+# -- writing whole modules (small models; convert.py streams the big ones) ----------------------------------
+
+
+def save_model(
+    path: str | Path,
+    model: Any,
+    cfg: ModelConfig,
+    autoencoder: Any | None = None,
+    *,
+    tokenizer_files_from: str | Path | None = None,
+    dtype: Any = None,
+) -> None:
+    """Writes a model directory (Orbax) from filled modules.
+
+    Args:
+      path: a new directory; it appears when it is complete.
+      model: a filled ``UnifiedModel``.
+      cfg: its sizes.
+      autoencoder: a filled ``Autoencoder``, kept in its own dtype.
+      tokenizer_files_from: a directory with the tokenizer files.
+      dtype: of the written model; by default its own.
+    """
+    parts = _parts(model, cfg, autoencoder, dtype)
+    with writing.staging(path) as folder:
+        for part, (arrays, _) in parts.items():
+            writing.write_item(folder / part, arrays.items())
+        writing.write_companions(folder, cfg, _sources(tokenizer_files_from))
+        writing.write_format(folder, **_format(parts))
+
+
+def write_bagel(
+    path: str | Path,
+    model: Any,
+    cfg: ModelConfig,
+    autoencoder: Any | None = None,
+    *,
+    tokenizer_files_from: str | Path | None = None,
+    dtype: Any = None,
+) -> None:
+    """Writes a BAGEL directory (safetensors) from filled modules; arguments as ``save_model``."""
+    parts = _parts(model, cfg, autoencoder, dtype)
+    with writing.staging(path) as folder:
+        for part, (arrays, entries) in parts.items():
+            tensors = {e.torch: writing.materialize(e.to_torch(arrays[e.ours])) for e in entries}
+            if part == MODEL:
+                stored = next(iter(tensors.values())).dtype
+                tensors |= {n: table.frozen_table(cfg, n).astype(stored) for n in table.frozen_tables(cfg)}
+            tensors = dict(sorted(tensors.items()))
+            specs = {n: ArrayInfo(x.shape, x.dtype, part) for n, x in tensors.items()}
+            if part == MODEL:
+                writing.write_torch(folder, specs, lambda names, t=tensors: ((n, t[n]) for n in names))
+            else:
+                shapes = {n: (i.shape, i.dtype) for n, i in specs.items()}
+                write_file(folder / AE_FILE, shapes, tensors.items())
+        writing.write_companions(folder, cfg, _sources(tokenizer_files_from))
+
+
+def _parts(
+    model: Any, cfg: ModelConfig, autoencoder: Any | None, dtype: Any
+) -> dict[str, tuple[dict[str, np.ndarray], tuple[table.Entry, ...]]]:
+    flat = unstack(UnifiedModel(cfg), model)
+    out = {MODEL: ({n: np.asarray(x, dtype) for n, x in flat.items()}, table.model_table(cfg))}
+    if autoencoder is not None:
+        flat = unstack(Autoencoder(cfg.autoencoder), autoencoder)
+        entries = table.autoencoder_table(cfg.autoencoder)
+        out[AUTOENCODER] = ({n: np.asarray(x) for n, x in flat.items()}, entries)
+    return out
+
+
+def _format(parts: Mapping[str, tuple[dict[str, np.ndarray], Any]]) -> dict[str, Any]:
+    return {
+        "dtype": {p: str(next(iter(arrays.values())).dtype) for p, (arrays, _) in parts.items()},
+        "parameters": {p: sum(x.size for x in arrays.values()) for p, (arrays, _) in parts.items()},
+    }
+
+
+def _sources(folder: str | Path | None) -> list[Path]:
+    return [] if folder is None else [Path(folder)]

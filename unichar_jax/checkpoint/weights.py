@@ -1,9 +1,11 @@
 """One reading interface over the two kinds of directory that hold a model.
 
-A *BAGEL directory* holds PyTorch safetensors (``ema.safetensors``, ``model.safetensors`` or shards with an index,
-and ``ae.safetensors``); a *model directory* holds Orbax items (``model/``, ``autoencoder/``). ``open_weights`` returns
-the same thing for both: the arrays of one part by on-disk name, in this package's layout, checked against the table
-before a byte is read. Everything that is wrong is listed in one error. Nothing here writes.
+A *BAGEL directory* holds PyTorch safetensors (``ema.safetensors``, ``model.safetensors`` or shards with
+an index, and ``ae.safetensors``); a *model directory* holds two Orbax checkpoints (``model/``,
+``autoencoder/``), and a training step holds its weights as one item of an Orbax checkpoint.
+``open_weights`` returns the same thing for all: the arrays of one part by on-disk name, in this
+package's layout, checked against the table before a byte is read. Everything that is wrong is listed in
+one error. Nothing here writes (``writing.py`` does).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +26,7 @@ from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
 
 MODEL, AUTOENCODER = "model", "autoencoder"
+STEP_ITEM = "weights"  # the item of a training step that holds the model
 AE_FILE = "ae.safetensors"
 SINGLE_FILES = (
     "ema.safetensors",
@@ -67,7 +70,7 @@ class Problems:
     dtypes: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
 
-    _TITLES = {
+    _TITLES: ClassVar[dict[str, str]] = {
         "unmapped": "in the file, but not in the model",
         "missing": "in the model, but not in the file",
         "doubled": "in more than one file",
@@ -136,14 +139,19 @@ def model_files(folder: Path) -> list[Path]:
 
 
 class TorchTensors:
-    """The tensors of one or several safetensors files under their PyTorch names; doubled names are remembered."""
+    """The tensors of one or several safetensors files by PyTorch name; doubled names are remembered.
 
-    def __init__(self, paths: Iterable[Path]):
+    ``prefix`` is put before every name: BAGEL's language model is also published alone, without its prefix.
+    """
+
+    def __init__(self, paths: Iterable[Path], prefix: str = ""):
         self.files: list[TensorFile] = [open_file(p) for p in paths]
         self.doubled: list[str] = []
+        self._prefix = prefix
         self._file: dict[str, TensorFile] = {}
         for file in self.files:
-            for name in file.tensors:
+            for stored in file.tensors:
+                name = prefix + stored
                 if name in self._file:
                     self.doubled.append(f"{name}: {self._file[name].path.name}, {file.path.name}")
                 else:
@@ -151,16 +159,14 @@ class TorchTensors:
 
     @property
     def infos(self) -> dict[str, ArrayInfo]:
-        return {
-            n: ArrayInfo(f.tensors[n].shape, f.tensors[n].dtype, f.path.name)
-            for n, f in self._file.items()
-        }
+        stored = {n: f.tensors[n.removeprefix(self._prefix)] for n, f in self._file.items()}
+        return {n: ArrayInfo(t.shape, t.dtype, t.file.name) for n, t in stored.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._file
 
     def read(self, name: str) -> np.ndarray:
-        return self._file[name].read(name)
+        return self._file[name].read(name.removeprefix(self._prefix))
 
 
 class TorchWeights:
@@ -170,9 +176,7 @@ class TorchWeights:
         self._tensors = tensors
         self._entries = {e.ours: e for e in entries}
         infos = tensors.infos
-        self.infos = {
-            e.ours: ArrayInfo(e.shape, infos[e.torch].dtype, infos[e.torch].where) for e in entries
-        }
+        self.infos = {e.ours: ArrayInfo(e.shape, infos[e.torch].dtype, infos[e.torch].where) for e in entries}
 
     def view(self, name: str) -> np.ndarray:
         entry = self._entries[name]
@@ -183,27 +187,32 @@ class TorchWeights:
 
 
 def check_torch(
-    cfg: ModelConfig, tensors: TorchTensors, entries: Sequence[table.Entry], frozen: bool
+    cfg: ModelConfig, tensors: TorchTensors, entries: Sequence[table.Entry], part: str = MODEL
 ) -> Problems:
-    """The accounting of a set of PyTorch tensors; with ``frozen``, the two tables must be there and right."""
+    """The accounting of a set of PyTorch tensors.
+
+    The frozen position tables are computed, never loaded: a file may leave them out, but what it has must be
+    right.
+    """
     problems = Problems(doubled=list(tensors.doubled))
-    tables = table.frozen_tables(cfg) if frozen else {}
     expected = {e.torch: e.torch_shape for e in entries}
-    expected |= {n: (side * side, width) for n, (side, width) in tables.items()}
     found = tensors.infos
+    for name, (side, width) in table.frozen_tables(cfg).items():
+        if part != MODEL or name not in found:
+            continue
+        expected[name] = (side * side, width)
+        readable = found[name].shape == expected[name] and found[name].dtype in FLOATS
+        error = frozen_error(cfg, name, tensors.read(name)) if readable else None
+        if error is not None:
+            problems.frozen.append(f"{name}: {error}")
     check_arrays(problems, expected, found)
-    for name in tables:
-        if name in found and found[name].shape == expected[name] and found[name].dtype in FLOATS:
-            error = frozen_error(cfg, name, tensors.read(name))
-            if error is not None:
-                problems.frozen.append(f"{name}: {error}")
     return problems
 
 
 def frozen_error(cfg: ModelConfig, name: str, stored: np.ndarray) -> str | None:
-    """How far a stored frozen table is from the computed one, beyond the rounding of its dtype; None if it is not.
+    """How far a stored frozen table is from the computed one; None where that is one rounding or less.
 
-    float32 files may differ by one rounding of sin and cos between libraries; narrower ones by one step of their dtype.
+    The allowance is one step of the stored dtype at 1: sin and cos differ by that between libraries.
     """
     ours = table.frozen_table(cfg, name).astype(stored.dtype).astype(np.float32)
     distance = np.abs(ours - stored.astype(np.float32))
@@ -214,15 +223,81 @@ def frozen_error(cfg: ModelConfig, name: str, stored: np.ndarray) -> str | None:
     return f"largest difference {worst:.3g}, allowed {allowed:.3g} (one rounding of {stored.dtype})"
 
 
-# -- model directories --------------------------------------------------------------------------------------
+# -- Orbax --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OrbaxItem:
+    """A flat tree of arrays on disk: a whole Orbax checkpoint (``name`` None), or one item of one."""
+
+    folder: Path
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder if self.name is None else self.folder / self.name)
+
+    def infos(self) -> dict[str, ArrayInfo]:
+        """Shapes and dtypes of the arrays, from the metadata alone."""
+        from orbax.checkpoint import v1 as ocp
+
+        try:
+            if self.name is None:
+                tree = ocp.metadata(self.folder).metadata
+            else:
+                tree = ocp.checkpointables_metadata(self.folder).metadata[self.name]
+            where = self.name or self.folder.name
+            return {n: ArrayInfo(tuple(a.shape), np.dtype(a.dtype), where) for n, a in tree.items()}
+        except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
+            raise self._damaged(error) from error
+
+    def load(self, targets: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        """Loads the ``targets`` out of all the ``names`` that are stored.
+
+        Args:
+          targets: by name, an array for a numpy result or a shape struct with a sharding for a device array.
+          names: everything that the item holds.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        tree = {n: targets.get(n, ocp.PLACEHOLDER) for n in names}
+        try:
+            if self.name is None:
+                loaded = ocp.load(self.folder, tree)
+            else:
+                loaded = ocp.load_checkpointables(self.folder, {self.name: tree})[self.name]
+        except Exception as error:
+            raise self._damaged(error) from error
+        return {n: loaded[n] for n in targets}
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self}: cannot be read ({type(error).__name__}: {error}). It is damaged or unfinished;"
+            " convert or save it again."
+        )
+
+
+def orbax_item(folder: Path, part: str, item: str | None = None) -> OrbaxItem | None:
+    """Where a directory keeps a part, if Orbax wrote it: ``folder/part``, or the item of a training step."""
+    if _is_checkpoint(folder / part):
+        return OrbaxItem(folder / part)
+    if part == MODEL and _is_checkpoint(folder):
+        return OrbaxItem(folder, item or STEP_ITEM)
+    return None
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "_CHECKPOINT_METADATA").is_file()
 
 
 class OrbaxWeights:
-    """``Weights`` over one Orbax item: arrays are read in groups of at most ``group_bytes`` (or one array)."""
+    """``Weights`` over an Orbax item, read in groups of ``group_bytes`` or of the largest array."""
 
-    def __init__(self, folder: Path, item: str, group_bytes: int = 256 << 20):
-        self._folder, self._item, self._group_bytes = folder, item, group_bytes
-        self.infos = orbax_infos(folder, item)
+    def __init__(self, item: OrbaxItem, group_bytes: int = 256 << 20):
+        self.item, self.infos = item, item.infos()
+        self._group_bytes = max([group_bytes, *map(array_bytes, self.infos.values())])
+
+    def load(self, targets: Mapping[str, Any]) -> dict[str, Any]:
+        return self.item.load(targets, self.infos)
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         for group in self._groups(names):
@@ -231,12 +306,9 @@ class OrbaxWeights:
                 name = group.pop(0)
                 yield name, arrays.pop(name)
 
-    def load(self, targets: Mapping[str, Any]) -> dict[str, Any]:
-        """Loads some of the arrays: to numpy for array targets, to devices for shape structs with shardings."""
-        return load_item(self._folder, self._item, targets, self.infos)
-
     def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
-        group, size = [], 0
+        group: list[str] = []
+        size = 0
         for name in names:
             nbytes = array_bytes(self.infos[name])
             if group and size + nbytes > self._group_bytes:
@@ -248,58 +320,21 @@ class OrbaxWeights:
             yield group
 
 
+def array_bytes(info: ArrayInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize
+
+
 def _like(info: ArrayInfo) -> np.ndarray:
     """A target that asks Orbax for a numpy array, without memory of its own."""
     return np.broadcast_to(np.zeros((), info.dtype), info.shape)
 
 
-def array_bytes(info: ArrayInfo) -> int:
-    return math.prod(info.shape) * info.dtype.itemsize
-
-
-def orbax_infos(folder: Path, item: str) -> dict[str, ArrayInfo]:
-    """Shapes and dtypes of an Orbax item, from its metadata alone."""
-    from orbax.checkpoint import v1 as ocp
-
-    try:
-        tree = ocp.checkpointables_metadata(folder).metadata[item]
-    except Exception as error:  # Orbax raises many kinds for a damaged item
-        raise UserError(
-            f"{folder}: the item '{item}' cannot be read ({type(error).__name__}: {error})."
-            " It is damaged or unfinished; convert or save it again."
-        ) from error
-    return {n: ArrayInfo(tuple(a.shape), np.dtype(a.dtype), item) for n, a in tree.items()}
-
-
-def load_item(
-    folder: Path, item: str, targets: Mapping[str, Any], names: Iterable[str]
-) -> dict[str, Any]:
-    """Loads the ``targets`` (arrays or shape structs with shardings) of an item that holds ``names``."""
-    from orbax.checkpoint import v1 as ocp
-
-    tree = {n: targets.get(n, ocp.PLACEHOLDER) for n in names}
-    try:
-        loaded = ocp.load_checkpointables(folder, {item: tree})[item]
-    except Exception as error:
-        raise UserError(
-            f"{folder}: the item '{item}' cannot be read ({type(error).__name__}: {error})."
-            " It is damaged; convert or save it again."
-        ) from error
-    return {n: loaded[n] for n in targets}
-
-
 # -- either kind --------------------------------------------------------------------------------------------
-
-
-def is_orbax(folder: Path) -> bool:
-    return (folder / "_CHECKPOINT_METADATA").is_file()
 
 
 def expected_arrays(cfg: ModelConfig, part: str) -> tuple[table.Entry, ...]:
     """The table of one part, ``model`` or ``autoencoder``."""
-    return (
-        table.autoencoder_table(cfg.autoencoder) if part == AUTOENCODER else table.model_table(cfg)
-    )
+    return table.autoencoder_table(cfg.autoencoder) if part == AUTOENCODER else table.model_table(cfg)
 
 
 def open_weights(
@@ -308,25 +343,26 @@ def open_weights(
     """Opens one part of a directory of either kind and checks it against the model.
 
     Args:
-      folder: a BAGEL directory, a model directory, or a training step whose ``item`` holds the weights.
+      folder: a BAGEL directory, a model directory, or a training step.
       cfg: the model that the arrays must fill.
       part: ``model`` or ``autoencoder``.
-      item: the name of the Orbax item; by default that of the part.
+      item: for a training step, the item that holds the weights (``weights`` by default).
 
     Raises:
       UserError: no weights, a damaged file, or arrays that do not fit; every problem is listed.
     """
     folder, entries = Path(folder), expected_arrays(cfg, part)
-    if is_orbax(folder):
-        weights = OrbaxWeights(folder, item or part)
-        problems = Problems()
-        check_arrays(problems, {e.ours: e.shape for e in entries}, weights.infos)
-        problems.raise_if_any(folder / (item or part))
-        return weights
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: not a directory. Expected a BAGEL directory (safetensors) or a converted model."
+            f"{folder}: not a directory. Expected a BAGEL directory (safetensors), or one that"
+            " 'unichar convert' wrote."
         )
+    if (found := orbax_item(folder, part, item)) is not None:
+        weights = OrbaxWeights(found)
+        problems = Problems()
+        check_arrays(problems, {e.ours: e.shape for e in entries}, weights.infos)
+        problems.raise_if_any(found)
+        return weights
     tensors = TorchTensors(model_files(folder) if part == MODEL else [folder / AE_FILE])
-    check_torch(cfg, tensors, entries, frozen=part == MODEL).raise_if_any(folder)
+    check_torch(cfg, tensors, entries, part).raise_if_any(folder)
     return TorchWeights(tensors, entries)
