@@ -1,0 +1,314 @@
+"""Text decoding for a batch of contexts: greedy, temperature, top-k and top-p, each row with settings of its own.
+
+One program decodes a chunk of tokens in a ``lax.while_loop`` that ends when every row has: ``decode`` runs one long chunk,
+``stream`` runs short ones and looks at the text in between (callbacks, stop strings, cancellation). A turn starts with
+BOS and ends before EOS; neither is part of the result. A row's random draws depend on its seed and its own token count
+only, so a result does not depend on what else is in the batch.
+
+Nucleus sampling: arXiv 1904.09751.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unichar_jax.errors import UserError
+from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.sampling.cache import KVCache, read_text
+from unichar_jax.sampling.tracing import jitted
+
+CHUNK = 16
+"""Tokens between two looks at the text when streaming."""
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; special tokens inside a text are parsed, none are added."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How one text is decoded.
+
+    Attributes:
+      max_tokens: at most so many new tokens.
+      temperature: of the softmax; 0 takes the likeliest token.
+      top_k: keep the k likeliest tokens (and ties with the last); 0 keeps all.
+      top_p: keep the likeliest tokens until their probabilities reach p; 1 keeps all.
+      seed: of the draws.
+      stop: strings that end the text; they are not part of it.
+    """
+
+    max_tokens: int = 500
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
+            ("stop", all(self.stop), "non-empty strings"),
+        ):
+            if not ok:
+                raise UserError(f"text.{name}: expected {expected}, got {getattr(self, name)!r}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Choice:
+    """``TextSettings`` of every row as arrays ``[B]``: one program for all settings."""
+
+    max_tokens: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    seed: jax.Array
+
+    @classmethod
+    def of(cls, settings: Sequence[TextSettings]) -> Choice:
+        column = lambda name, dtype: jnp.asarray([getattr(s, name) for s in settings], dtype)  # noqa: E731
+        return cls(
+            column("max_tokens", jnp.int32),
+            column("temperature", jnp.float32),
+            column("top_k", jnp.int32),
+            column("top_p", jnp.float32),
+            jnp.asarray([s.seed & 0xFFFFFFFF for s in settings], jnp.uint32),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """Where decoding stands.
+
+    Attributes:
+      cache: everything fed so far.
+      token: int32 ``[B]``, the newest token, not yet fed (BOS at the start, EOS where a row ended by itself).
+      count: int32 ``[B]``, tokens drawn.
+      done: bool ``[B]``.
+    """
+
+    cache: KVCache
+    token: jax.Array
+    count: jax.Array
+    done: jax.Array
+
+
+def start(model: UnifiedModel, cache: KVCache, rows: int | None = None) -> DecodeState:
+    """A turn about to begin; rows from ``rows`` on are padding of the batch and count as done."""
+    rows = cache.batch if rows is None else rows
+    bos = jnp.full(cache.batch, model.cfg.special_tokens.bos, jnp.int32)
+    return DecodeState(cache, bos, jnp.zeros_like(bos), jnp.arange(cache.batch) >= rows)
+
+
+def next_logits(
+    model: UnifiedModel, cache: KVCache, token: jax.Array, active: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Feeds one token to each active row; logits ``[B, V]`` float32 of the token after it."""
+    hidden, cache = read_text(model, cache, token[:, None], active.astype(jnp.int32))
+    return model.logits(hidden[:, 0]), cache
+
+
+def choose(logits: jax.Array, choice: Choice, count: jax.Array) -> jax.Array:
+    """Draws one token for each row from logits ``[B, V]``; ``count`` ``[B]`` numbers the draw."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw(scaled: jax.Array) -> jax.Array:
+        keys = jax.vmap(lambda s, n: jax.random.fold_in(jax.random.key(s), n))(choice.seed, count)
+        drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+        return jnp.where(choice.temperature > 0, drawn.astype(jnp.int32), greedy)
+
+    # Sorting a big vocabulary is costly: only where some row asks for it.
+    truncated = jnp.any((choice.top_k > 0) | (choice.top_p < 1))
+    scaled = logits / jnp.where(choice.temperature > 0, choice.temperature, 1)[:, None]
+    return jax.lax.cond(
+        jnp.any(choice.temperature > 0),
+        lambda: draw(jax.lax.cond(truncated, lambda: _truncate(scaled, choice), lambda: scaled)),
+        lambda: greedy,
+    )
+
+
+def _truncate(logits: jax.Array, choice: Choice) -> jax.Array:
+    """Masks what top-k and then top-p leave out; a row that keeps everything is unchanged."""
+    vocabulary = logits.shape[-1]
+    ranked = -jnp.sort(-logits, axis=-1)
+    k = jnp.where(choice.top_k > 0, jnp.minimum(choice.top_k, vocabulary), vocabulary)
+    kept = jnp.arange(vocabulary) < k[:, None]
+    probability = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    kept &= (before < choice.top_p[:, None]) | (choice.top_p[:, None] >= 1)
+    smallest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= smallest, logits, -jnp.inf)
+
+
+@jitted(static_argnames="num_tokens")
+def decode_chunk(
+    model: UnifiedModel, state: DecodeState, choice: Choice, *, num_tokens: int
+) -> tuple[jax.Array, DecodeState]:
+    """Up to ``num_tokens`` more tokens of each row that is not done.
+
+    Returns:
+      int32 ``[B, num_tokens]``, -1 after a row's end, and the new state. The cache needs room for the tokens.
+    """
+    eos = model.cfg.special_tokens.eos
+
+    def more(carry):
+        index, state, _ = carry
+        return (index < num_tokens) & ~jnp.all(state.done)
+
+    def body(carry):
+        index, state, tokens = carry
+        logits, cache = next_logits(model, state.cache, state.token, ~state.done)
+        drawn = choose(logits, choice, state.count)
+        count = state.count + ~state.done
+        ended = drawn == eos
+        tokens = tokens.at[:, index].set(jnp.where(state.done | ended, -1, drawn))
+        token = jnp.where(state.done, state.token, drawn)
+        done = state.done | ended | (count >= choice.max_tokens)
+        return index + 1, DecodeState(cache, token, count, done), tokens
+
+    tokens = jnp.full((state.token.shape[0], num_tokens), -1, jnp.int32)
+    _, state, tokens = jax.lax.while_loop(more, body, (0, state, tokens))
+    return tokens, state
+
+
+def decode(
+    model: UnifiedModel, cache: KVCache, settings: Sequence[TextSettings]
+) -> tuple[list[list[int]], DecodeState]:
+    """Decodes a whole turn of each row in one program; stop strings are not looked at.
+
+    Args:
+      model: the model.
+      cache: contexts with room for ``max_tokens`` more tokens each.
+      settings: one for each row.
+
+    Returns:
+      The new tokens of each row, without BOS and EOS, and the final state.
+    """
+    longest = max(s.max_tokens for s in settings)
+    tokens, state = decode_chunk(
+        model, start(model, cache), Choice.of(settings), num_tokens=longest
+    )
+    return [[int(t) for t in row if t >= 0] for row in np.asarray(tokens)], state
+
+
+class Reply:
+    """The growing text of one row: turns tokens into text, finds its end, hands out what is new.
+
+    Text is handed out only when it can no longer change: not while the last character is incomplete, nor while it
+    could be the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, settings: TextSettings, bos: int):
+        self._tokenizer, self._stop, self._bos = tokenizer, settings.stop, bos
+        self._ids: list[int] = []
+        self._shown = 0
+        self.text = ""
+        self.ended = False
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        """Adds tokens; returns the text that became final."""
+        if self.ended:
+            return ""
+        for token in tokens:
+            if token == self._bos:  # the model opened a new turn: its own has ended
+                self.ended = True
+                break
+            self._ids.append(int(token))
+        self.text = self._tokenizer.decode(self._ids)
+        places = [p for s in self._stop if (p := self.text.find(s)) >= 0]
+        if places:
+            self.text, self.ended = self.text[: min(places)], True
+        return self._release(len(self.text) if self.ended else self._final_length())
+
+    def finish(self) -> str:
+        """Ends the row; returns the rest of the text."""
+        self.ended = True
+        return self._release(len(self.text))
+
+    def _final_length(self) -> int:
+        length = len(self.text.rstrip("\ufffd"))
+        for stop in self._stop:
+            for overlap in range(min(len(stop) - 1, length), 0, -1):
+                if self.text[:length].endswith(stop[:overlap]):
+                    length -= overlap
+                    break
+        return length
+
+    def _release(self, length: int) -> str:
+        new, self._shown = self.text[self._shown : length], max(self._shown, length)
+        return new
+
+
+def stream(
+    model: UnifiedModel,
+    cache: KVCache,
+    tokenizer: Tokenizer,
+    settings: Sequence[TextSettings],
+    on_text: Callable[[int, str], None] | None = None,
+    cancelled: Callable[[int], bool] | None = None,
+) -> list[str]:
+    """Decodes a turn of each row in chunks of ``CHUNK`` tokens.
+
+    Args:
+      model: the model.
+      cache: contexts with room for ``max_tokens`` more tokens each; rows beyond ``len(settings)`` are padding.
+      tokenizer: turns tokens into text.
+      settings: one for each real row.
+      on_text: called with (row, new text) as text becomes final.
+      cancelled: asked for each row between chunks; True ends that row.
+
+    Returns:
+      The texts of the real rows.
+    """
+    rows = len(settings)
+    padded = [*settings, *[TextSettings(max_tokens=1)] * (cache.batch - rows)]
+    replies = [Reply(tokenizer, s, model.cfg.special_tokens.bos) for s in settings]
+    state, choice = start(model, cache, rows), Choice.of(padded)
+    while not np.all(np.asarray(state.done)):
+        tokens, state = decode_chunk(model, state, choice, num_tokens=CHUNK)
+        done = np.array(state.done)
+        for row, (reply, new) in enumerate(zip(replies, np.asarray(tokens), strict=False)):
+            text = reply.feed([t for t in new if t >= 0])
+            if done[row] or (cancelled is not None and cancelled(row)):
+                text += reply.finish()
+            done[row] |= reply.ended
+            if text and on_text is not None:
+                on_text(row, text)
+        state = replace(state, done=jnp.asarray(done))
+    return [reply.text for reply in replies]
+
+
+@jitted
+def token_log_probs(
+    model: UnifiedModel, cache: KVCache, ids: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Log-probability of each given token after the context: how likely an answer is, without drawing it.
+
+    Args:
+      model: the model.
+      cache: contexts with room for the tokens.
+      ids: int32 ``[B, L]``, beginning with BOS: ``BOS answer EOS``, padded.
+      lengths: int32 ``[B]``.
+
+    Returns:
+      float32 ``[B, L - 1]`` for ids[:, 1:]; 0 at padding.
+    """
+    hidden, _ = read_text(model, cache, ids, lengths)
+    log_probs = jax.nn.log_softmax(model.logits(hidden[:, :-1]), axis=-1)
+    chosen = jnp.take_along_axis(log_probs, ids[:, 1:, None], axis=-1)[..., 0]
+    return jnp.where(jnp.arange(1, ids.shape[1]) < lengths[:, None], chosen, 0)
