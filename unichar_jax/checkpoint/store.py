@@ -298,7 +298,7 @@ def save_model(
     with writing.staging(path) as folder:
         for part, (arrays, _) in parts.items():
             writing.write_item(folder / part, arrays.items())
-        writing.write_companions(folder, cfg, _sources(tokenizer_files_from))
+        writing.write_companions(folder, cfg, None, _path(tokenizer_files_from))
         writing.write_format(folder, **_format(parts))
 
 
@@ -326,7 +326,7 @@ def write_bagel(
             else:
                 shapes = {n: (i.shape, i.dtype) for n, i in specs.items()}
                 write_file(folder / AE_FILE, shapes, tensors.items())
-        writing.write_companions(folder, cfg, _sources(tokenizer_files_from))
+        writing.write_companions(folder, cfg, None, _path(tokenizer_files_from))
 
 
 def _parts(
@@ -348,5 +348,5 @@ def _format(parts: Mapping[str, tuple[dict[str, np.ndarray], Any]]) -> dict[str,
     }
 
 
-def _sources(folder: str | Path | None) -> list[Path]:
-    return [] if folder is None else [Path(folder)]
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -82,14 +82,22 @@ class Problems:
     def __bool__(self) -> bool:
         return any(getattr(self, kind) for kind in self._TITLES)
 
-    def raise_if_any(self, where: str | Path) -> None:
-        if not self:
-            return
-        lines = [f"{where}: the weights do not fit the model; nothing was written."]
+    def lines(self) -> list[str]:
+        out = []
         for kind, title in self._TITLES.items():
             if names := getattr(self, kind):
-                lines.append(f"  {title} ({len(names)}):")
-                lines += [f"    {name}" for name in names]
+                out.append(f"  {title} ({len(names)}):")
+                out += [f"    {name}" for name in names]
+        return out
+
+
+def raise_problems(problems: Mapping[str, Problems]) -> None:
+    """One error for everything that is wrong, by the file or item where it is; nothing if nothing is."""
+    lines = []
+    for where, found in problems.items():
+        if found:
+            lines += [f"{where}: the weights do not fit the model.", *found.lines()]
+    if lines:
         lines.append(
             "Check that llm_config.json, vit_config.json and extra_config.json belong to these weights."
         )
@@ -351,18 +359,27 @@ def open_weights(
     Raises:
       UserError: no weights, a damaged file, or arrays that do not fit; every problem is listed.
     """
-    folder, entries = Path(folder), expected_arrays(cfg, part)
+    weights, problems = examine(Path(folder), cfg, part, item)
+    raise_problems({str(folder): problems})
+    return weights
+
+
+def examine(
+    folder: Path, cfg: ModelConfig, part: str, item: str | None = None
+) -> tuple[TorchWeights | OrbaxWeights, Problems]:
+    """``open_weights`` that returns the problems, for a caller that lists those of several parts together.
+
+    The weights may be read only if there are none.
+    """
+    entries = expected_arrays(cfg, part)
     if not folder.is_dir():
         raise UserError(
             f"{folder}: not a directory. Expected a BAGEL directory (safetensors), or one that"
             " 'unichar convert' wrote."
         )
     if (found := orbax_item(folder, part, item)) is not None:
-        weights = OrbaxWeights(found)
-        problems = Problems()
+        weights, problems = OrbaxWeights(found), Problems()
         check_arrays(problems, {e.ours: e.shape for e in entries}, weights.infos)
-        problems.raise_if_any(found)
-        return weights
+        return weights, problems
     tensors = TorchTensors(model_files(folder) if part == MODEL else [folder / AE_FILE])
-    check_torch(cfg, tensors, entries, part).raise_if_any(folder)
-    return TorchWeights(tensors, entries)
+    return TorchWeights(tensors, entries), check_torch(cfg, tensors, entries, part)

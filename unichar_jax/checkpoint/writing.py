@@ -219,24 +219,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def write_companions(folder: Path, cfg: ModelConfig, sources: Sequence[Path]) -> list[str]:
-    """Configs and tokenizer files, copied from the first of ``sources`` that has them; else from ``cfg``.
-
-    Returns:
-      The names of the tokenizer files that were found.
-    """
+def write_companions(
+    folder: Path, cfg: ModelConfig, config_from: Path | None, tokenizer_from: Path | None
+) -> None:
+    """Configs, copied from one folder or written from ``cfg``, and tokenizer files, copied from another."""
     for name in (*CONFIG_FILES, *OTHER_CONFIG_FILES):
-        found = next((s / name for s in sources if (s / name).is_file()), None)
-        if found is not None:
-            shutil.copyfile(found, folder / name)
+        if config_from is not None and (config_from / name).is_file():
+            shutil.copyfile(config_from / name, folder / name)
     for name, content in cfg.to_bagel().items():
         if not (folder / name).exists():
             write_json(folder / name, content)
-    with_tokenizer = [s for s in sources if any((s / n).is_file() for n in TOKENIZER_FILES)]
-    copied = [n for n in TOKENIZER_FILES if with_tokenizer and (with_tokenizer[0] / n).is_file()]
-    for name in copied:
-        shutil.copyfile(with_tokenizer[0] / name, folder / name)
-    return copied
+    for name in TOKENIZER_FILES:
+        if tokenizer_from is not None and (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, folder / name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 def write_format(folder: Path, **content: Any) -> None:

@@ -1,0 +1,394 @@
+"""Conversion between BAGEL's PyTorch files and this package's Orbax directories, streamed, with
+accounting.
+
+``plan`` opens the headers, finds out what the source is (a full model, a full-precision SFT file, a
+language model alone to be merged over a base, an Orbax directory or a training step), and proves that
+every source tensor is used exactly once and every target is filled exactly once; whatever is wrong is
+listed in one error. ``execute`` then moves one group of arrays at a time, so that no more than about
+two of the largest are in memory, into a temporary folder that becomes the destination when it is whole
+(and, if asked, compared bit for bit with the source).
+
+Frozen position tables are computed, never copied: checked on the way in, written on the way out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from unichar_jax.checkpoint import store, table, writing
+from unichar_jax.checkpoint import weights as weights_lib
+from unichar_jax.checkpoint.safetensors_io import write_file
+from unichar_jax.checkpoint.weights import (
+    AE_FILE,
+    AUTOENCODER,
+    MODEL,
+    ArrayInfo,
+    Problems,
+    TorchTensors,
+    TorchWeights,
+    Weights,
+)
+from unichar_jax.checkpoint.writing import OnBytes, bits, materialize
+from unichar_jax.config.model import ModelConfig
+from unichar_jax.errors import UserError, did_you_mean
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+# -- the plan -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part (model or autoencoder) of a conversion: its arrays, and their dtype (None: as stored)."""
+
+    name: str
+    source: str
+    entries: tuple[table.Entry, ...]
+    weights: Weights
+    dtype: np.dtype | None = None
+
+    def target_dtype(self, ours: str) -> np.dtype:
+        return self.dtype or self.weights.infos[ours].dtype
+
+    @property
+    def names(self) -> list[str]:
+        return [e.ours for e in self.entries]
+
+    @property
+    def parameters(self) -> int:
+        return sum(int(np.prod(e.shape)) for e in self.entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that will be written."""
+        return sum(int(np.prod(e.shape)) * self.target_dtype(e.ours).itemsize for e in self.entries)
+
+    @property
+    def stored_dtypes(self) -> list[str]:
+        return sorted({str(self.weights.infos[n].dtype) for n in self.names})
+
+    @property
+    def written_dtypes(self) -> list[str]:
+        return sorted({str(self.target_dtype(n)) for n in self.names})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that is known to work out: nothing unmapped, missing, doubled or misshapen."""
+
+    src: Path
+    dst: Path
+    to_orbax: bool
+    flavour: str
+    cfg: ModelConfig
+    parts: tuple[Part, ...]
+    config_from: Path
+    tokenizer_from: Path | None
+    frozen: Mapping[str, np.dtype] = field(default_factory=dict)
+    shard_bytes: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts)
+
+
+class MergedWeights:
+    """``Weights`` in which some arrays of a base are replaced."""
+
+    def __init__(self, over: Weights, base: Weights):
+        self._over, self._base = over, base
+        self.infos = {**base.infos, **over.infos}
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for replaced, run in itertools.groupby(names, lambda n: n in self._over.infos):
+            yield from (self._over if replaced else self._base).read(list(run))
+
+
+def plan(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    item: str | None = None,
+) -> Plan:
+    """Reads headers and metadata, and accounts for every tensor; writes nothing.
+
+    Args:
+      src: a BAGEL directory or one of its safetensors files (converted to Orbax), or a model directory or
+        training step (exported to safetensors).
+      dst: the directory that ``execute`` will write.
+      dtype: of the written model, ``float32``, ``bfloat16`` or ``float16``; by default each array keeps its
+        own. The autoencoder always keeps its own.
+      base: a directory of either kind that supplies what ``src`` lacks: the rest of the model where ``src``
+        is a language model alone, configs, tokenizer, autoencoder.
+      item: for a training step, the item to export: ``weights`` (the default) or ``ema``.
+
+    Raises:
+      UserError: with every problem that was found.
+    """
+    src, dst = Path(src), Path(dst)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(
+            f"dtype '{dtype}' is unknown{did_you_mean(dtype, DTYPES)}; expected {', '.join(DTYPES)}."
+        )
+    base = None if base is None else Path(base)
+    target = None if dtype is None else DTYPES[dtype]
+    if not src.exists():
+        raise UserError(f"{src}: no such file or directory.")
+    if src.is_dir() and weights_lib.orbax_item(src, MODEL, item) is not None:
+        return _plan_export(src, dst, target, base, item)
+    return _plan_import(src, dst, target, base)
+
+
+def _plan_import(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None) -> Plan:
+    folder = src if src.is_dir() else src.parent
+    homes = _homes(folder, base)
+    config_home = _config_home(homes)
+    cfg = ModelConfig.from_bagel(config_home)
+    files = weights_lib.model_files(src) if src.is_dir() else [src]
+    tensors, entries = TorchTensors(files), table.model_table(cfg)
+    problems: dict[str, Problems] = {}
+    flavour = "full model"
+    if _is_language_model(tensors):
+        flavour = "language model merged over the base"
+        if base is None:
+            raise UserError(
+                f"{src}: holds the language model alone. Give the model it was trained from:"
+                f" unichar convert {src} {dst} --base BAGEL_DIRECTORY"
+            )
+        tensors = TorchTensors(files, prefix=table.LM_PREFIX)
+        entries = tuple(e for e in entries if e.torch.startswith(table.LM_PREFIX))
+    source: Weights = TorchWeights(tensors, entries)
+    problems[str(src)] = weights_lib.check_torch(cfg, tensors, entries)
+    if flavour != "full model" and base is not None:
+        rest, problems[str(base)] = weights_lib.examine(base, cfg, MODEL)
+        source = MergedWeights(source, rest)
+    home = _autoencoder_home(src, homes)
+    autoencoder, problems[f"{home} (autoencoder)"] = weights_lib.examine(home, cfg, AUTOENCODER)
+    weights_lib.raise_problems(problems)
+    names = ", ".join(f.name for f in files) if len(files) < 3 else f"{len(files)} shards"
+    stored = tensors.infos
+    return Plan(
+        src,
+        dst,
+        to_orbax=True,
+        flavour=flavour,
+        cfg=cfg,
+        parts=(
+            Part(MODEL, names, table.model_table(cfg), source, dtype),
+            Part(AUTOENCODER, home.name, table.autoencoder_table(cfg.autoencoder), autoencoder),
+        ),
+        config_from=config_home,
+        tokenizer_from=_tokenizer_home(homes),
+        frozen={n: stored[n].dtype for n in table.frozen_tables(cfg) if n in stored},
+        shard_bytes=max(_tensor_bytes(f) for f in tensors.files) if len(files) > 1 else None,
+    )
+
+
+def _plan_export(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None, item: str | None) -> Plan:
+    config_home = store.config_folder(src)
+    homes = [src, *_homes(config_home, base)]
+    cfg = ModelConfig.from_bagel(config_home)
+    written = writing.read_format(config_home)
+    problems: dict[str, Problems] = {}
+    model, problems[str(src)] = weights_lib.examine(src, cfg, MODEL, item)
+    home = _autoencoder_home(src, homes)
+    autoencoder, problems[f"{home} (autoencoder)"] = weights_lib.examine(home, cfg, AUTOENCODER)
+    weights_lib.raise_problems(problems)
+    part = Part(MODEL, item or MODEL, table.model_table(cfg), model, dtype)
+    default = part.target_dtype(part.names[0])
+    kept = {} if dtype else written.get("frozen_dtype", {})
+    return Plan(
+        src,
+        dst,
+        to_orbax=False,
+        flavour="full model",
+        cfg=cfg,
+        parts=(
+            part,
+            Part(AUTOENCODER, AUTOENCODER, table.autoencoder_table(cfg.autoencoder), autoencoder),
+        ),
+        config_from=config_home,
+        tokenizer_from=_tokenizer_home(homes),
+        frozen={n: DTYPES[kept[n]] if n in kept else default for n in table.frozen_tables(cfg)},
+        shard_bytes=written.get("shard_bytes"),
+    )
+
+
+def _homes(folder: Path, base: Path | None) -> list[Path]:
+    """Where to look for what goes with the weights, nearest first."""
+    return [folder] if base is None else [folder, base, store.config_folder(base)]
+
+
+def _config_home(homes: Sequence[Path]) -> Path:
+    for home in homes:
+        if (home / store.CONFIG_FILE).is_file():
+            return home
+    raise UserError(
+        f"{homes[0]}: no {store.CONFIG_FILE}. Copy llm_config.json and vit_config.json of the download"
+        " there, or name a directory that has them with --base."
+    )
+
+
+def _tokenizer_home(homes: Sequence[Path]) -> Path | None:
+    return next((home for home in homes if writing.has_tokenizer(home)), None)
+
+
+def _is_language_model(tensors: TorchTensors) -> bool:
+    names = tensors.infos
+    return any(n.startswith("model.layers.") for n in names) and not any(
+        n.startswith(table.LM_PREFIX) for n in names
+    )
+
+
+def _autoencoder_home(src: Path, homes: Sequence[Path]) -> Path:
+    for home in homes:
+        if (home / AE_FILE).is_file() or weights_lib.orbax_item(home, AUTOENCODER) is not None:
+            return home
+    raise UserError(
+        f"{src}: no {AE_FILE} beside the weights. Copy it there, or name a directory that has it with --base."
+    )
+
+
+def _tensor_bytes(file: Any) -> int:
+    return sum(t.nbytes for t in file.tensors.values())
+
+
+# -- the work -----------------------------------------------------------------------------------------------
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    item: str | None = None,
+    verify: bool = False,
+    dry_run: bool = False,
+    max_shard_bytes: int | None = None,
+    on_bytes: OnBytes | None = None,
+) -> Plan:
+    """Converts a model in the direction that its source asks for; see ``plan`` and ``execute``."""
+    made = plan(src, dst, dtype=dtype, base=base, item=item)
+    if not dry_run:
+        execute(made, verify=verify, max_shard_bytes=max_shard_bytes, on_bytes=on_bytes)
+    return made
+
+
+def execute(
+    made: Plan,
+    *,
+    verify: bool = False,
+    max_shard_bytes: int | None = None,
+    on_bytes: OnBytes | None = None,
+) -> None:
+    """Writes what a plan says.
+
+    Args:
+      made: the plan.
+      verify: read both sides again and compare every array, bit for bit in the written dtype, before the
+        destination appears.
+      max_shard_bytes: for safetensors, the size above which the model is split; by default as its source was,
+        and otherwise one file, as BAGEL's own loader wants it.
+      on_bytes: called with numbers of bytes written and, with ``verify``, compared; see ``total_bytes``.
+
+    Raises:
+      UserError: the destination exists, the disk is too small, or ``verify`` found a difference.
+    """
+    with writing.staging(made.dst, made.nbytes) as folder:
+        if made.to_orbax:
+            _write_orbax(made, folder, on_bytes)
+        else:
+            _write_torch(made, folder, max_shard_bytes or made.shard_bytes, on_bytes)
+        writing.write_companions(folder, made.cfg, made.config_from, made.tokenizer_from)
+        if verify:
+            _verify(made, folder, on_bytes)
+
+
+def _write_orbax(made: Plan, folder: Path, on_bytes: OnBytes | None) -> None:
+    for part in made.parts:
+        arrays = part.weights.read(part.names)
+        writing.write_item(folder / part.name, arrays, part.dtype, on_bytes)
+    writing.write_format(
+        folder,
+        source={"name": made.src.name, "flavour": made.flavour},
+        dtype={p.name: ", ".join(p.written_dtypes) for p in made.parts},
+        parameters={p.name: p.parameters for p in made.parts},
+        frozen_dtype={n: str(made.parts[0].dtype or d) for n, d in made.frozen.items()},
+        shard_bytes=made.shard_bytes,
+    )
+
+
+def _write_torch(made: Plan, folder: Path, max_shard_bytes: int | None, on_bytes: OnBytes | None) -> None:
+    model, autoencoder = made.parts
+    specs = _torch_specs(model)
+    for name, dtype in made.frozen.items():
+        side, width = table.frozen_tables(made.cfg)[name]
+        specs[name] = ArrayInfo((side * side, width), dtype, MODEL)
+    specs = dict(sorted(specs.items()))
+
+    def read(names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for frozen, run in itertools.groupby(names, lambda n: n in made.frozen):
+            if frozen:
+                yield from ((n, table.frozen_table(made.cfg, n)) for n in run)
+            else:
+                yield from _read_torch(model, list(run))
+
+    writing.write_torch(folder, specs, read, max_shard_bytes, on_bytes)
+    specs = dict(sorted(_torch_specs(autoencoder).items()))
+    write_file(
+        folder / AE_FILE,
+        {n: (i.shape, i.dtype) for n, i in specs.items()},
+        ((n, materialize(x)) for n, x in _read_torch(autoencoder, list(specs))),
+        on_write=on_bytes,
+    )
+
+
+def _torch_specs(part: Part) -> dict[str, ArrayInfo]:
+    return {e.torch: ArrayInfo(e.torch_shape, part.target_dtype(e.ours), part.name) for e in part.entries}
+
+
+def _read_torch(part: Part, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of a part under their PyTorch names and in PyTorch's layout, as views."""
+    by_torch = {e.torch: e for e in part.entries}
+    arrays = part.weights.read([by_torch[n].ours for n in names])
+    for name, (_, array) in zip(names, arrays, strict=True):
+        yield name, by_torch[name].to_torch(array)
+
+
+def _verify(made: Plan, folder: Path, on_bytes: OnBytes | None) -> None:
+    different = []
+    for part in made.parts:
+        written = weights_lib.open_weights(folder, made.cfg, part.name)
+        pairs = zip(part.weights.read(part.names), written.read(part.names), strict=True)
+        for (name, source), (_, target) in pairs:
+            expected = materialize(source, part.target_dtype(name))
+            if not np.array_equal(bits(expected), bits(materialize(target))):
+                different.append(f"{part.name}: {name}")
+            if on_bytes is not None:
+                on_bytes(expected.nbytes)
+    if different:
+        shown = "\n  ".join(different)
+        raise UserError(
+            f"{made.dst}: {len(different)} arrays differ from {made.src} after writing; nothing was kept:\n"
+            f"  {shown}\nThe disk or the memory of this machine may be faulty: try another one."
+        )
+
+
+def total_bytes(made: Plan, verify: bool) -> int:
+    """What ``on_bytes`` adds up to, for a progress bar (but for the frozen tables)."""
+    return made.nbytes * (2 if verify else 1)
