@@ -8,6 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+import jax
+
+# Eight simulated devices for the sharding tests; set before anything touches a device.
+jax.config.update("jax_num_cpu_devices", 8)
 from PIL import Image, ImageDraw
 
 REPOSITORY = Path(__file__).resolve().parents[1]

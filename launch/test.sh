@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Formatting, lint, types and tests; sets up everything it needs.
+#   ./launch/test.sh            the default run, under fifteen minutes on two cores
+#   ./launch/test.sh --all      with the slow tests and the comparisons with PyTorch
+#   ./launch/test.sh ARGS ...   passed on to pytest
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$repository"
+
+marks="not slow and not torch" extras=(test)
+if [ "${1:-}" = "--all" ]; then
+  shift
+  marks="" extras=(test torch)
+fi
+prepare_environment "${extras[@]}"
+
+ruff format --check .
+ruff check .
+mypy
+exec python -m pytest ${marks:+-m "$marks"} "$@"

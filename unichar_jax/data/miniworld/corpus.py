@@ -1,0 +1,228 @@
+"""The pretraining corpus: thousands of unnamed characters, tokenised once, packed into batches by step.
+
+``build`` turns seeds into a folder: pictures (uint8), and the token ids of every text, so that training spends its time on
+the model. ``PretrainingData`` then draws batch n as a pure function of (seed, n): a fixed mixture of tasks, laid out and
+collated by the same code as customisation data. A picture that is drawn appears in several noised copies behind one caption
+(nobody but a noised image sees it), which makes captions cheap.
+
+Tasks here are those of customisation (captions, scenes, thinking, dialogue, questions); answers to questions about facts get
+the description in the prompt, so the base learns to read and never to memorise.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unichar_jax.config.model import ModelConfig
+from unichar_jax.data import layout, templates
+from unichar_jax.data.images import MINI_VIT_TRANSFORM, patchify, position_ids
+from unichar_jax.data.miniworld import unnamed
+from unichar_jax.data.tokenizer import Tokenizer
+from unichar_jax.models.streams import Batch
+
+PICTURE_SIZE = 96
+TASKS = (
+    "caption",
+    "partial_caption",
+    "t2i",
+    "t2i_with_thinking",
+    "dialogue",
+    "thinking",
+    "vqa",
+    "mcq",
+    "knowledge",
+)
+CAPTION_DROPOUT = 0.1
+
+# Samples of each task in a batch of 8 rows, and noised copies of a drawn picture.
+MIXTURE = dict(
+    caption=12,
+    partial_caption=3,
+    t2i=5,
+    t2i_with_thinking=1,
+    dialogue=5,
+    thinking=1,
+    vqa=12,
+    mcq=2,
+    knowledge=4,
+)
+COPIES = dict(caption=2, partial_caption=2, t2i=3, t2i_with_thinking=3)
+QUESTIONS_PER_PICTURE = 3
+CAPACITIES = layout.Sizes(text=400, vit=50, latent=252)
+ROWS = 8
+
+
+def texts_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Prompts and answers of one record by task, as strings."""
+    r = record
+    scene = (r["description"], r["user"], r["reply"])
+    talks = [(r["user"], r["reply"]), *r["dialogue"]]
+    out: dict[str, Any] = dict(
+        caption=[r["caption"]],
+        partial_caption=[r["partial_caption"]],
+        dialogue=[
+            (templates.dialogue(r["name"], r["description"], r["opening"] if i % 2 else "", u), m)
+            for i, (u, m) in enumerate(talks)
+        ],
+        thinking=[
+            (
+                templates.thinking_prompt(*scene),
+                templates.thinking_reply(r["thinking"], r["generation_instruction"]),
+            )
+        ],
+        vqa=[(q["question"], q["answer"]) for q in r["vqa"]],
+        mcq=[
+            (templates.multiple_choice(q["question"], q["options"]), q["answer_key"])
+            for q in r["mcq"]
+        ],
+        knowledge=[
+            (f"{r['description']}\n\n{q['question']}", q["answer"]) for q in r["knowledge"]
+        ],
+    )
+    if r["described"]:  # an undescribed name says nothing about the looks: nothing to learn
+        out["caption"].append(r["t2i_instruction"])
+        out["caption"].append(r["generation_instruction"])
+        out["t2i"] = [templates.t2i(*scene)]
+        out["t2i_with_thinking"] = [
+            templates.t2i_with_thinking(*scene, r["thinking"], r["generation_instruction"])
+        ]
+    return out
+
+
+def all_strings(record: dict[str, Any]) -> Iterator[str]:
+    """Every string of a record, for training the tokenizer."""
+    for items in texts_of(record).values():
+        for item in items:
+            yield from (item,) if isinstance(item, str) else item
+
+
+def build(folder: str | Path, count: int, tokenizer: Tokenizer, first_seed: int = 0) -> None:
+    """Writes ``pictures.npy`` (uint8 ``[count, 96, 96, 3]``) and ``texts.pkl`` for consecutive seeds."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (count, PICTURE_SIZE, PICTURE_SIZE, 3)
+    pictures = np.lib.format.open_memmap(folder / "pictures.tmp.npy", "w+", np.uint8, shape)
+
+    def encode(item: str | tuple[str, str]) -> Any:
+        ids = tokenizer.encode_batch([item] if isinstance(item, str) else list(item))
+        arrays = tuple(np.asarray(i, np.int16) for i in ids)
+        return arrays[0] if isinstance(item, str) else arrays
+
+    records = []
+    for i in range(count):
+        pictures[i] = unnamed.unnamed_picture(first_seed + i, PICTURE_SIZE)
+        texts = texts_of(unnamed.unnamed_texts(first_seed + i))
+        records.append({task: [encode(item) for item in items] for task, items in texts.items()})
+    pictures.flush()
+    (folder / "texts.tmp.pkl").write_bytes(pickle.dumps(records))
+    (folder / "texts.tmp.pkl").rename(folder / "texts.pkl")
+    (folder / "pictures.tmp.npy").rename(folder / "pictures.npy")
+
+
+def add_moments(folder: str | Path, moments: Callable[[np.ndarray], tuple[Any, Any]]) -> None:
+    """Writes ``moments.npy`` (float16 ``[count, 2, tokens, latent_dim]``), the autoencoder's posterior.
+
+    Args:
+      folder: of ``build``.
+      moments: pictures float32 ``[n, 96, 96, 3]`` in [-1, 1] to mean and log-variance tokens.
+    """
+    folder = Path(folder)
+    pictures = np.load(folder / "pictures.npy", mmap_mode="r")
+    out = []
+    for i in range(0, len(pictures), 64):
+        pixels = pictures[i : i + 64].astype(np.float32) / 127.5 - 1
+        out.append(np.stack([np.asarray(m, np.float16) for m in moments(pixels)], axis=1))
+    np.save(folder / "moments.tmp.npy", np.concatenate(out))
+    (folder / "moments.tmp.npy").rename(folder / "moments.npy")
+
+
+@dataclass
+class PretrainingData:
+    """Endless host batches from a corpus folder; position is the number of batches given.
+
+    Attributes:
+      folder: of ``build`` and ``add_moments``.
+      model: sizes and special tokens.
+      seed: of the mixture.
+    """
+
+    folder: Path
+    model: ModelConfig
+    seed: int = 0
+    position: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        self._pictures = np.load(self.folder / "pictures.npy", mmap_mode="r")
+        self._moments = np.load(self.folder / "moments.npy", mmap_mode="r")
+        self._records = pickle.loads((self.folder / "texts.pkl").read_bytes())
+        side = PICTURE_SIZE // self.model.pixels_per_latent
+        self._latent_grid = position_ids(side, side, self.model.max_latent_size)
+        patches = MINI_VIT_TRANSFORM.max_size // self.model.vision.patch_size
+        self._vit_grid = position_ids(patches, patches, self.model.vision.max_patches_per_side)
+        self._by_task = {
+            task: np.asarray([i for i, r in enumerate(self._records) if r.get(task)])
+            for task in TASKS
+        }
+
+    def __next__(self) -> Batch:
+        batch = self.batch(self.position)
+        self.position += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+    def batch(self, n: int) -> Batch:
+        """Batch n; samples are placed largest first, and the few that find no room are left out."""
+        rng = np.random.default_rng((self.seed, n))
+        samples = [self._sample(task, rng) for task, k in MIXTURE.items() for _ in range(k)]
+        order = sorted(range(len(samples)), key=lambda i: -layout.sizes(samples[i]).total)
+        rows: list[list[layout.Tokens]] = [[] for _ in range(ROWS)]
+        room = [CAPACITIES] * ROWS
+        for i in order:
+            size = layout.sizes(samples[i])
+            fitting = [r for r in range(ROWS) if size.fits(room[r])]
+            if fitting:
+                r = max(fitting, key=lambda r: room[r].total)
+                rows[r].append(samples[i])
+                room[r] = layout.Sizes(*(a - b for a, b in zip(room[r], size, strict=True)))
+        return layout.collate(rows, CAPACITIES, self.model)
+
+    def _sample(self, task: str, rng: np.random.Generator) -> layout.Tokens:
+        index = int(rng.choice(self._by_task[task]))
+        items = self._records[index][task]
+        parts: list[layout.Part] = []
+        if task in COPIES:
+            text = items[int(rng.integers(len(items)))]
+            dropped = bool(rng.random() < CAPTION_DROPOUT)
+            parts.append(layout.TextPart(text, droppable=True, dropped=dropped))
+            mean, logvar = self._moments[index].astype(np.float32)
+            parts += [
+                layout.LatentPart(mean, logvar, self._latent_grid, timestep=float(rng.normal()))
+                for _ in range(COPIES[task])
+            ]
+        elif task in ("vqa", "mcq"):
+            parts.append(self._look_at(index))
+            k = QUESTIONS_PER_PICTURE if task == "vqa" else 1
+            for j in rng.permutation(len(items))[:k]:
+                question, answer = items[int(j)]
+                parts += [layout.TextPart(question), layout.TextPart(answer, loss=True)]
+        else:
+            prompt, answer = items[int(rng.integers(len(items)))]
+            parts += [layout.TextPart(prompt), layout.TextPart(answer, loss=True)]
+        return layout.lay_out(parts, self.model, task=TASKS.index(task))
+
+    def _look_at(self, index: int) -> layout.VitPart:
+        pixels = MINI_VIT_TRANSFORM(Image.fromarray(self._pictures[index]))
+        return layout.VitPart(patchify(pixels, self.model.vision.patch_size), self._vit_grid)
