@@ -1,0 +1,75 @@
+"""Floating-point operations of the model, by formula.
+
+One multiply and add count two. Only matrix products are counted (norms, activations and softmax add under one
+percent at real sizes), each token pays for one expert, and a layer is counted as often as it runs: the
+compiler's own figure counts the body of a scan once. The backward pass costs twice the forward pass. "Useful"
+work leaves out recomputation and whatever an attention mask hides; ``plan`` and benchmarks compare what is
+executed with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unichar_jax.config.model import DecoderConfig, ModelConfig, VisionConfig
+
+
+def expert_weights(cfg: DecoderConfig) -> int:
+    """Weights that one token is multiplied with in one decoder layer (biases and norms left out)."""
+    h, d = cfg.hidden_size, cfg.head_dim
+    return 2 * h * cfg.num_heads * d + 2 * h * cfg.num_kv_heads * d + 3 * h * cfg.mlp_size
+
+
+def attention(num_heads: int, head_dim: int, pairs: float) -> float:
+    """Scores and weighted sum over ``pairs`` (query, key) pairs, forward. Dense attention has L * L pairs."""
+    return 4 * num_heads * head_dim * pairs
+
+
+def decoder_layer(cfg: DecoderConfig, tokens: float, pairs: float) -> float:
+    """One decoder layer's forward pass: every token through one expert, and attention."""
+    return 2 * expert_weights(cfg) * tokens + attention(cfg.num_heads, cfg.head_dim, pairs)
+
+
+def vision_layer(cfg: VisionConfig, tokens: float, pairs: float) -> float:
+    """One layer of the vision tower, forward."""
+    h = cfg.hidden_size
+    weights = 4 * h * h + 2 * h * cfg.mlp_size
+    return 2 * weights * tokens + attention(cfg.num_heads, h // cfg.num_heads, pairs)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch asks for.
+
+    Attributes:
+      text, vit, latent: tokens in each stream.
+      labelled: text tokens that predict something (the head runs on these only).
+      pairs: visible (query, key) pairs in the decoder.
+      vit_pairs: the same in the vision tower.
+    """
+
+    text: float
+    vit: float
+    latent: float
+    labelled: float
+    pairs: float
+    vit_pairs: float
+
+
+def forward(cfg: ModelConfig, work: Work) -> float:
+    """The forward pass of one batch, without the autoencoder (its moments are cached)."""
+    d, v = cfg.decoder, cfg.vision
+    tokens = work.text + work.vit + work.latent
+    total = d.num_layers * decoder_layer(d, tokens, work.pairs)
+    total += v.num_layers * vision_layer(v, work.vit, work.vit_pairs)
+    total += 2 * d.hidden_size * d.vocab_size * work.labelled
+    connector = v.hidden_size * d.hidden_size + d.hidden_size**2
+    total += 2 * work.vit * (v.patch_dim * v.hidden_size + connector)
+    time = 256 * d.hidden_size + d.hidden_size**2
+    total += 2 * work.latent * (2 * cfg.latent_dim * d.hidden_size + time)
+    return total
+
+
+def train_step(cfg: ModelConfig, work: Work) -> float:
+    """Useful work of one training step: forward, and twice that backward."""
+    return 3 * forward(cfg, work)
