@@ -1,7 +1,7 @@
-"""Writes a BAGEL directory with made-up weights of any size, to try conversion and memory without a download.
+"""Writes a BAGEL directory with made-up weights of any size, to try conversion without a download.
 
-Names, shapes and dtypes are those of the real files; values are a repeated random pattern, shifted from tensor to
-tensor so that no two are alike. One tensor is in memory at a time. The full size is about 29 GB:
+Names, shapes and dtypes are those of the real files; values are a repeated random pattern, shifted from
+tensor to tensor so that no two are alike. One tensor is in memory at a time. The full size is 29 GB:
 
     python scripts/synthetic_bagel.py DIRECTORY --preset bagel-7b
 """

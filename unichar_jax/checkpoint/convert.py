@@ -14,6 +14,7 @@ Frozen position tables are computed, never copied: checked on the way in, writte
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 
 from unichar_jax.checkpoint import store, table, writing
 from unichar_jax.checkpoint import weights as weights_lib
+from unichar_jax.checkpoint.arrays import bits, materialize
 from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.checkpoint.weights import (
     AE_FILE,
@@ -35,7 +37,7 @@ from unichar_jax.checkpoint.weights import (
     TorchWeights,
     Weights,
 )
-from unichar_jax.checkpoint.writing import OnBytes, bits, materialize
+from unichar_jax.checkpoint.writing import OnBytes
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError, did_you_mean
 
@@ -68,12 +70,19 @@ class Part:
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(e.shape)) for e in self.entries)
+        return sum(math.prod(e.shape) for e in self.entries)
 
     @property
     def nbytes(self) -> int:
         """Bytes that will be written."""
-        return sum(int(np.prod(e.shape)) * self.target_dtype(e.ours).itemsize for e in self.entries)
+        return sum(self._written_bytes())
+
+    @property
+    def largest_bytes(self) -> int:
+        return max(self._written_bytes())
+
+    def _written_bytes(self) -> list[int]:
+        return [math.prod(e.shape) * self.target_dtype(e.ours).itemsize for e in self.entries]
 
     @property
     def stored_dtypes(self) -> list[str]:
@@ -189,7 +198,7 @@ def _plan_import(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
         cfg=cfg,
         parts=(
             Part(MODEL, names, table.model_table(cfg), source, dtype),
-            Part(AUTOENCODER, home.name, table.autoencoder_table(cfg.autoencoder), autoencoder),
+            Part(AUTOENCODER, _name(home, folder), table.autoencoder_table(cfg.autoencoder), autoencoder),
         ),
         config_from=config_home,
         tokenizer_from=_tokenizer_home(homes),
@@ -219,7 +228,7 @@ def _plan_export(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
         cfg=cfg,
         parts=(
             part,
-            Part(AUTOENCODER, AUTOENCODER, table.autoencoder_table(cfg.autoencoder), autoencoder),
+            Part(AUTOENCODER, _name(home, src), table.autoencoder_table(cfg.autoencoder), autoencoder),
         ),
         config_from=config_home,
         tokenizer_from=_tokenizer_home(homes),
@@ -261,6 +270,12 @@ def _autoencoder_home(src: Path, homes: Sequence[Path]) -> Path:
     raise UserError(
         f"{src}: no {AE_FILE} beside the weights. Copy it there, or name a directory that has it with --base."
     )
+
+
+def _name(home: Path, folder: Path) -> str:
+    """How the accounting names the place of the autoencoder: briefly where it is beside the model."""
+    name = AE_FILE if (home / AE_FILE).is_file() else AUTOENCODER
+    return name if home == folder else str(home / name)
 
 
 def _tensor_bytes(file: Any) -> int:
@@ -322,7 +337,8 @@ def execute(
 def _write_orbax(made: Plan, folder: Path, on_bytes: OnBytes | None) -> None:
     for part in made.parts:
         arrays = part.weights.read(part.names)
-        writing.write_item(folder / part.name, arrays, part.dtype, on_bytes)
+        group = max(writing.GROUP_BYTES, part.largest_bytes)
+        writing.write_item(folder / part.name, arrays, part.dtype, on_bytes, group)
     writing.write_format(
         folder,
         source={"name": made.src.name, "flavour": made.flavour},
@@ -353,7 +369,7 @@ def _write_torch(made: Plan, folder: Path, max_shard_bytes: int | None, on_bytes
     write_file(
         folder / AE_FILE,
         {n: (i.shape, i.dtype) for n, i in specs.items()},
-        ((n, materialize(x)) for n, x in _read_torch(autoencoder, list(specs))),
+        _read_torch(autoencoder, list(specs)),
         on_write=on_bytes,
     )
 
@@ -366,21 +382,23 @@ def _read_torch(part: Part, names: Sequence[str]) -> Iterator[tuple[str, np.ndar
     """Arrays of a part under their PyTorch names and in PyTorch's layout, as views."""
     by_torch = {e.torch: e for e in part.entries}
     arrays = part.weights.read([by_torch[n].ours for n in names])
-    for name, (_, array) in zip(names, arrays, strict=True):
-        yield name, by_torch[name].to_torch(array)
+    for name in names:
+        yield name, by_torch[name].to_torch(next(arrays)[1])
 
 
 def _verify(made: Plan, folder: Path, on_bytes: OnBytes | None) -> None:
     different = []
     for part in made.parts:
         written = weights_lib.open_weights(folder, made.cfg, part.name)
-        pairs = zip(part.weights.read(part.names), written.read(part.names), strict=True)
-        for (name, source), (_, target) in pairs:
-            expected = materialize(source, part.target_dtype(name))
-            if not np.array_equal(bits(expected), bits(materialize(target))):
+        sources, targets = part.weights.read(part.names), written.read(part.names)
+        for name in part.names:
+            expected = materialize(next(sources)[1], part.target_dtype(name))
+            got = materialize(next(targets)[1])
+            if not np.array_equal(bits(expected), bits(got)):
                 different.append(f"{part.name}: {name}")
             if on_bytes is not None:
                 on_bytes(expected.nbytes)
+            del expected, got  # before the next pair is read
     if different:
         shown = "\n  ".join(different)
         raise UserError(

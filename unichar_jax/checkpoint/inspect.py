@@ -17,8 +17,8 @@ import numpy as np
 
 from unichar_jax.checkpoint import store
 from unichar_jax.checkpoint import weights as weights_lib
+from unichar_jax.checkpoint.arrays import bits
 from unichar_jax.checkpoint.weights import AE_FILE, AUTOENCODER, MODEL, ArrayInfo, Weights
-from unichar_jax.checkpoint.writing import bits
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
 

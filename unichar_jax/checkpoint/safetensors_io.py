@@ -24,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from unichar_jax.checkpoint.arrays import materialize
 from unichar_jax.errors import UserError
 
 _DTYPES: dict[str, np.dtype] = {
@@ -146,7 +147,7 @@ def write_file(
     Args:
       path: the file; its folder exists.
       specs: ``{name: (shape, dtype)}`` in the order of the file.
-      tensors: ``(name, array)`` in the same order; arrays may be views in any layout.
+      tensors: ``(name, array)`` in the same order, in any layout and dtype.
       metadata: strings to keep in the header; PyTorch loaders expect ``{"format": "pt"}``, the default.
       on_write: called with the number of bytes after each tensor (progress).
     """
@@ -164,11 +165,12 @@ def write_file(
         f.write(text)
         for name, array in tensors:
             want, (shape, dtype) = next(expected)
-            if (name, array.shape, array.dtype) != (want, tuple(shape), np.dtype(dtype)):
-                raise AssertionError(f"expected {want} {shape} {dtype}, got {name} {array.shape}")
-            data = np.ascontiguousarray(array)
+            if (name, array.shape) != (want, tuple(shape)):
+                raise AssertionError(f"expected {want} {shape}, got {name} {array.shape}")
+            data = materialize(array, dtype)
             f.write(data.reshape(-1).view(np.uint8).data)
             if on_write is not None:
                 on_write(data.nbytes)
+            del array, data  # before the next one is read
         if (left := next(expected, None)) is not None:
             raise AssertionError(f"tensor {left[0]} was announced and never given")

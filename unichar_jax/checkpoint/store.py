@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from unichar_jax.checkpoint import table, writing
 from unichar_jax.checkpoint import weights as weights_lib
+from unichar_jax.checkpoint.arrays import materialize
 from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.checkpoint.weights import (
     AE_FILE,
@@ -315,7 +316,7 @@ def write_bagel(
     parts = _parts(model, cfg, autoencoder, dtype)
     with writing.staging(path) as folder:
         for part, (arrays, entries) in parts.items():
-            tensors = {e.torch: writing.materialize(e.to_torch(arrays[e.ours])) for e in entries}
+            tensors = {e.torch: materialize(e.to_torch(arrays[e.ours])) for e in entries}
             if part == MODEL:
                 stored = next(iter(tensors.values())).dtype
                 tensors |= {n: table.frozen_table(cfg, n).astype(stored) for n in table.frozen_tables(cfg)}

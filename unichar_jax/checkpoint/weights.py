@@ -298,11 +298,11 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 class OrbaxWeights:
-    """``Weights`` over an Orbax item, read in groups of ``group_bytes`` or of the largest array."""
+    """``Weights`` over an Orbax item, read in groups of at most ``group_bytes`` or of one array."""
 
     def __init__(self, item: OrbaxItem, group_bytes: int = 256 << 20):
         self.item, self.infos = item, item.infos()
-        self._group_bytes = max([group_bytes, *map(array_bytes, self.infos.values())])
+        self._group_bytes = group_bytes
 
     def load(self, targets: Mapping[str, Any]) -> dict[str, Any]:
         return self.item.load(targets, self.infos)

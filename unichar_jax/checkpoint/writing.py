@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from unichar_jax import __version__
+from unichar_jax.checkpoint.arrays import materialize
 from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.checkpoint.weights import INDEX_FILE, SINGLE_FILES, ArrayInfo, array_bytes
 from unichar_jax.config.model import ModelConfig
@@ -40,37 +41,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _CHUNK_BYTES = 32 << 20  # a host that needs a slice of an array reads no more than the chunks it touches
-_GROUP_BYTES = 256 << 20
-_BLOCK = 512  # side of the tiles in which a transposed array is copied: two of them stay in cache
+GROUP_BYTES = 256 << 20
 
 OnBytes = Callable[[int], None]
-
-
-# -- arrays -------------------------------------------------------------------------------------------------
-
-
-def materialize(x: np.ndarray, dtype: Any = None) -> np.ndarray:
-    """``x`` in row-major order and in ``dtype``; the same array if it is both already.
-
-    A transposed matrix is copied in tiles, about five times faster than numpy's own order.
-    """
-    dtype = np.dtype(dtype or x.dtype)
-    if x.flags.c_contiguous:
-        return x if x.dtype == dtype else x.astype(dtype)
-    out = np.empty(x.shape, dtype)
-    source, target = (bits(x), bits(out)) if x.dtype == dtype else (x, out)
-    if x.ndim != 2:
-        target[...] = source
-        return out
-    for i in range(0, x.shape[0], _BLOCK):
-        for j in range(0, x.shape[1], _BLOCK):
-            target[i : i + _BLOCK, j : j + _BLOCK] = source[i : i + _BLOCK, j : j + _BLOCK]
-    return out
-
-
-def bits(x: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned integers: exact to compare, and fast to copy in every dtype."""
-    return x.view(f"u{x.dtype.itemsize}")
 
 
 # -- destinations -------------------------------------------------------------------------------------------
@@ -121,11 +94,12 @@ def write_item(
     arrays: Iterable[tuple[str, np.ndarray]],
     dtype: Any = None,
     on_bytes: OnBytes | None = None,
+    group_bytes: int = GROUP_BYTES,
 ) -> None:
     """Writes ``(name, array)`` pairs as one Orbax checkpoint, holding at most twice one group in memory.
 
-    A group is at most 256 MiB, or one array. Orbax keeps a copy of all that a save call is given until the
-    call ends, so each group is a partial save of its own.
+    Orbax keeps a copy of all that a save call is given until the call ends, so each group, of at most
+    ``group_bytes`` or one array, is a partial save of its own.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -134,7 +108,7 @@ def write_item(
     context.array.saving.use_compression = False  # bfloat16 weights hardly compress
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with context:
-        for group in _groups(arrays, dtype):
+        for group in _groups(arrays, dtype, group_bytes):
             ocp.partial.save(folder, group)
             if on_bytes is not None:
                 on_bytes(sum(x.nbytes for x in group.values()))
@@ -142,13 +116,15 @@ def write_item(
         ocp.partial.finalize(folder)
 
 
-def _groups(arrays: Iterable[tuple[str, np.ndarray]], dtype: Any) -> Iterator[dict[str, np.ndarray]]:
+def _groups(
+    arrays: Iterable[tuple[str, np.ndarray]], dtype: Any, group_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Row-major arrays in groups that end before an array that would pass the limit."""
     group: dict[str, np.ndarray] = {}
     size = 0
     for name, view in arrays:
         nbytes = view.size * np.dtype(dtype or view.dtype).itemsize
-        if group and size + nbytes > _GROUP_BYTES:
+        if group and size + nbytes > group_bytes:
             yield group
             group, size = {}, 0
         group[name] = materialize(view, dtype)
@@ -201,7 +177,7 @@ def write_torch(
         write_file(
             folder / file,
             {n: (specs[n].shape, specs[n].dtype) for n in names},
-            ((n, materialize(x, specs[n].dtype)) for n, x in read(names)),
+            read(names),
             on_write=on_bytes,
         )
     index = {

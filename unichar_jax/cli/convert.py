@@ -1,4 +1,4 @@
-"""``unichar convert``, ``unichar inspect`` and ``unichar diff``: weights between PyTorch and JAX, and a look at them.
+"""``unichar convert``, ``inspect`` and ``diff``: weights from and to PyTorch, and a look at them.
 
 Thin: each function calls ``unichar_jax.checkpoint`` and prints what it returned.
 """
@@ -23,8 +23,8 @@ _GIB = 2**30
 
 
 def convert(
-    src: Annotated[Path, tyro.conf.Positional],
-    dst: Annotated[Path, tyro.conf.Positional],
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
     /,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     verify: bool = False,
@@ -133,8 +133,8 @@ def inspect(
 
 
 def diff(
-    a: Annotated[Path, tyro.conf.Positional],
-    b: Annotated[Path, tyro.conf.Positional],
+    a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")],
+    b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")],
     /,
     item_a: str | None = None,
     item_b: str | None = None,
