@@ -1,7 +1,7 @@
 """Random PyTorch weights for comparisons, and their way into this package's modules.
 
-These tests need the ``torch`` extra. They use no reference numbers of the project: both sides get the same random
-weights, and whatever PyTorch computes is right.
+These tests need the ``torch`` extra. They use no reference numbers of the project: both sides get the
+same random weights, and whatever PyTorch computes is right.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # tiny models: a second thread only waits for the firs
 
 
 def randomize(module: Any, seed: int = 0) -> Any:
-    """Draws every parameter (norm scales around 1, all else around 0), so that none is left out of the comparison."""
+    """Draws every parameter (norm scales around 1, all else around 0), so that none escapes comparison."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():

@@ -1,6 +1,7 @@
 """The understanding path against ``transformers``: Qwen2 without QK-norm, Qwen3's attention with it.
 
-Two samples of different lengths are packed in one row with padding on our side and run one by one on PyTorch's.
+Two samples of different lengths are packed in one row with padding on our side, and run one by one on
+PyTorch's.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _ours(cfg: ModelConfig, theirs) -> UnifiedModel:
     """Our model with their understanding weights; everything else is random and must not matter."""
     declared = UnifiedModel(cfg, Compute(dtype="float32"))
     entries = table.model_table(cfg)
-    tensors = table.module_to_torch(params.initialize(declared, jax.random.key(1)), entries)
+    tensors = table.module_to_torch(params.initialize(declared, 1), entries)
     given = {n: x for n, x in numpy_tensors(theirs, table.LM_PREFIX).items() if not _is_extra(n)}
     assert set(given) <= set(tensors)
     filled = table.module_from_torch(declared, entries, tensors | given)

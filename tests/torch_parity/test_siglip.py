@@ -1,4 +1,4 @@
-"""The vision tower against ``transformers``' SigLIP on full square grids, where both number positions alike."""
+"""The vision tower against ``transformers``' SigLIP on full square grids (both number positions alike)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_vision_tower_on_two_packed_images():
 
     cfg = dataclasses.replace(MODEL_PRESETS["debug"], vision=v)
     declared, entries = UnifiedModel(cfg, Compute(dtype="float32")), table.model_table(cfg)
-    tensors = table.module_to_torch(params.initialize(declared, jax.random.key(1)), entries)
+    tensors = table.module_to_torch(params.initialize(declared, 1), entries)
     assert set(given) == {n for n in tensors if n.startswith(_PREFIX)}
     tower = table.module_from_torch(declared, entries, tensors | given).vision
 

@@ -163,7 +163,8 @@ def unstacked_specs(module: Any) -> dict[str, params.ArraySpec]:
     return out
 
 
-def _entries(module: Any, rules: list[tuple[str, str]]) -> tuple[Entry, ...]:
+def entries_of(module: Any, rules: list[tuple[str, str]]) -> tuple[Entry, ...]:
+    """An entry for every array of a module of declarations; ``rules`` are (our name, PyTorch name)."""
     entries = tuple(
         Entry(name, _torch_name(name, rules), _layout(name, spec.shape), spec.shape)
         for name, spec in unstacked_specs(module).items()
@@ -176,13 +177,13 @@ def _entries(module: Any, rules: list[tuple[str, str]]) -> tuple[Entry, ...]:
 @functools.lru_cache(maxsize=8)
 def model_table(cfg: ModelConfig) -> tuple[Entry, ...]:
     """Entries of ``ema.safetensors`` (without the two frozen tables)."""
-    return _entries(UnifiedModel(cfg), _MODEL_RULES)
+    return entries_of(UnifiedModel(cfg), _MODEL_RULES)
 
 
 @functools.lru_cache(maxsize=8)
 def autoencoder_table(cfg: AutoencoderConfig) -> tuple[Entry, ...]:
     """Entries of ``ae.safetensors``."""
-    return _entries(Autoencoder(cfg), _AE_RULES)
+    return entries_of(Autoencoder(cfg), _AE_RULES)
 
 
 def frozen_tables(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
