@@ -21,12 +21,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from unichar_jax.parallel import mesh as mesh_lib
 
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Initializer = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 M = TypeVar("M")
 
 LAYERS = "layers"
@@ -60,23 +61,23 @@ def declare(
 
 
 def normal(std: float) -> Initializer:
-    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+    return lambda rng, shape: std * rng.standard_normal(shape, np.float32)
 
 
-def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    del key
-    return jnp.zeros(shape, dtype)
+def zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    del rng
+    return np.zeros(shape, np.float32)
 
 
-def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    del key
-    return jnp.ones(shape, dtype)
+def ones(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    del rng
+    return np.ones(shape, np.float32)
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
     """PyTorch's default for Linear and Conv: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda rng, shape: bound * (2 * rng.random(shape, np.float32) - 1)
 
 
 # -- operations on trees of declarations -------------------------------------------------------------------
@@ -91,15 +92,7 @@ def stacked(module: M, num_layers: int) -> M:
 
     def stack(param: nnx.Param) -> nnx.Param:
         spec = param.get_value()
-        init = spec.init
-
-        def init_layers(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            keys = jax.random.split(key, shape[0])
-            return jax.vmap(lambda k: init(k, shape[1:], dtype))(keys)
-
-        return declare(
-            (num_layers, *spec.shape), (LAYERS, *spec.dims), init_layers, spec.dtype
-        )
+        return declare((num_layers, *spec.shape), (LAYERS, *spec.dims), spec.init, spec.dtype)
 
     return jax.tree.map(stack, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -147,21 +140,22 @@ def abstract(module: M, mesh: Mesh | None = None, dtype: Any = None) -> M:
     return jax.tree.map(struct, module)
 
 
-def name_key(key: jax.Array, name: str) -> jax.Array:
-    """A key that depends on the array's name only, so that adding an array moves no other."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big") & 0x7FFFFFFF)
+def initialize(module: M, seed: int, mesh: Mesh | None = None) -> M:
+    """Arrays for every declaration, each from its own generator.
 
+    An array depends on the seed and its name only: adding another moves none, and backend, mesh and layer scan
+    change nothing. Numbers are drawn on the host, one array at a time, so nothing is compiled for it.
+    """
 
-def initialize(module: M, key: jax.Array, mesh: Mesh | None = None) -> M:
-    """Arrays for every declaration, made in place on the mesh (nothing is gathered)."""
+    def build(name: str, spec: ArraySpec) -> jax.Array:
+        digest = hashlib.sha256(name.encode()).digest()
+        rng = np.random.default_rng((seed, *digest[:8]))
+        value = spec.init(rng, spec.shape).astype(spec.dtype)
+        if mesh is None:
+            return jnp.asarray(value)
+        return jax.device_put(value, mesh_lib.sharding_for(spec.dims, spec.shape, mesh))
 
-    def build(key: jax.Array) -> M:
-        return map_named(lambda n, s: s.init(name_key(key, n), s.shape, s.dtype), module)
-
-    if mesh is None:
-        return jax.jit(build)(key)
-    return jax.jit(build, out_shardings=shardings(module, mesh))(key)
+    return map_named(build, module)
 
 
 def gathered(module: M, dtype: Any) -> M:

@@ -149,7 +149,7 @@ def train(cfg: Pretraining) -> None:
     )
     declared = UnifiedModel(model_cfg, sft.compute)
     optimizer = make_optimizer(sft.optimizer, sft.steps)
-    model = params.initialize(declared, jax.random.key(cfg.seed))
+    model = params.initialize(declared, cfg.seed)
     layout, state = state_lib.create(model, declared, optimizer, ema=True)
     step = make_sft_step(layout, optimizer, sft, model_cfg.autoencoder, len(corpus.TASKS))
     cfg.work.mkdir(parents=True, exist_ok=True)
