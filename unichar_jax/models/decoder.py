@@ -169,7 +169,7 @@ class DecoderLayer(nnx.Module):
         q, k, v = (
             xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1) for xs in zip(*parts, strict=True)
         )
-        out = checkpoint_name(attend(prepared, q, k, v, prefix), "attention_out")
+        out = attend(prepared, q, k, v, prefix)
         if und is not None:
             und = self.und.finish(und, out[:, :split])
         if gen is not None:

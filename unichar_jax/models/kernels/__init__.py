@@ -1,0 +1,93 @@
+"""The attention kernels by name. Each has ``prepare(q_meta, k_meta) -> data`` and ``run(data, q, k, v)``.
+
+``reference`` holds all scores; ``chunked`` runs on anything without L^2 memory; ``splash`` is the TPU's.
+``auto`` takes the best one for the platform and says once in the log which and why. A kernel that is asked
+for by name and cannot run is an error, never another kernel.
+
+What a backward pass can keep of a kernel carries the checkpoint name ``attention_out`` (``Compute.remat``).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, Protocol
+
+import jax
+
+from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.models.kernels.chunked import Chunked
+from unichar_jax.models.kernels.reference import Reference
+from unichar_jax.models.kernels.sharded import platform
+from unichar_jax.models.kernels.splash import Splash
+from unichar_jax.models.streams import TokenMeta
+
+_log = logging.getLogger(__name__)
+
+
+class Kernel(Protocol):
+    """An attention kernel.
+
+    ``prepare`` runs once per forward pass, ``run`` in every layer. Queries and keys are the same tokens.
+    ``why_not`` says why the kernel cannot run here, or None if it can.
+    """
+
+    def prepare(self, q: TokenMeta, k: TokenMeta) -> Any: ...
+
+    def run(self, data: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array: ...
+
+    def why_not(self) -> str | None: ...
+
+
+KERNELS: dict[str, Kernel] = {
+    "reference": Reference(),
+    "chunked": Chunked(),
+    "splash": Splash(),
+    "splash_interpret": Splash(interpret=True),
+}
+
+
+def choose(platform: str) -> tuple[str, str]:
+    """The kernel that ``auto`` stands for on a platform, and the reason in words."""
+    if platform == "tpu":
+        reason = KERNELS["splash"].why_not()
+        if reason is None:
+            return "splash", "the TPU kernel skips what the mask hides and holds no scores"
+        return "chunked", f"splash cannot run: {reason}"
+    if platform in ("gpu", "cuda", "rocm"):
+        return "chunked", "it skips what the mask hides and holds no scores, on any GPU"
+    return "reference", f"dense attention is the fastest on short rows on '{platform}'"
+
+
+@functools.cache
+def _announce(platform: str) -> str:
+    name, reason = choose(platform)
+    _log.info("attention kernel: %s (%s)", name, reason)
+    return name
+
+
+def resolve(name: str) -> str:
+    """``auto`` becomes a kernel's name, logged once; any other name is checked and returned.
+
+    Raises:
+      UserError: the kernel is unknown, or cannot run on the platform of the mesh (or the default device).
+    """
+    if name == "auto":
+        return _announce(platform())
+    if name not in KERNELS:
+        raise UserError(
+            f"attention kernel '{name}' is unknown{did_you_mean(name, KERNELS)}; expected auto or one of"
+            f" {', '.join(KERNELS)}."
+        )
+    reason = KERNELS[name].why_not()
+    if reason:
+        raise UserError(
+            f"attention kernel '{name}' cannot run here: {reason}. Set compute.attention to auto, or to"
+            " chunked, which runs everywhere."
+        )
+    return name
+
+
+def get(name: str) -> Kernel:
+    """The kernel of that name; a ``UserError`` if it is unknown or cannot run here."""
+    return KERNELS[resolve(name)]

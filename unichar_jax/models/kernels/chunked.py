@@ -1,0 +1,153 @@
+"""Attention chunk by chunk with a running softmax: memory of L x chunk, on any backend, in plain JAX.
+
+Scores exist for one chunk of queries and one of keys at a time; the mask is evaluated where it is needed, and
+a pair of chunks in which nobody sees anybody is not computed. The backward pass recomputes scores from the
+saved log-sum-exp.
+
+Source: online softmax and its backward pass as in FlashAttention (arXiv 2205.14135, 2307.08691).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from unichar_jax.models.kernels.sharded import per_device
+from unichar_jax.models.streams import TokenMeta, visible
+
+_MASKED = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chunks:
+    """Metadata ``[B, n, chunk]`` of the padded tokens, and ``live [B, n, n]``: does chunk i see chunk j?"""
+
+    meta: TokenMeta
+    live: jax.Array
+
+    def mask(self, i: jax.Array, j: jax.Array) -> jax.Array:
+        """``[B, chunk, chunk]`` for queries of chunk i and keys of chunk j."""
+        queries, keys = (jax.tree.map(lambda x, at=at: x[:, at], self.meta) for at in (i, j))
+        return visible(queries, keys)
+
+
+class Chunked:
+    """``chunk``: tokens of a chunk at most."""
+
+    def __init__(self, chunk: int = 512):
+        self.chunk = chunk
+
+    def why_not(self) -> str | None:
+        return None
+
+    def prepare(self, q: TokenMeta, k: TokenMeta) -> Chunks:
+        if k.shape != q.shape:
+            raise ValueError(f"chunked is self-attention: {q.shape[1]} queries, {k.shape[1]} keys")
+        return per_device(self._prepare, q)
+
+    def _prepare(self, meta: TokenMeta) -> Chunks:
+        meta = jax.tree.map(self._split, meta)
+
+        def sees(i: jax.Array) -> jax.Array:
+            queries = jax.tree.map(lambda x: x[:, i], meta)
+            one = lambda keys: visible(queries, keys).any(axis=(1, 2))  # noqa: E731
+            return jax.lax.map(one, jax.tree.map(lambda x: x.swapaxes(0, 1), meta))
+
+        live = jax.lax.map(sees, jnp.arange(meta.shape[1]))
+        return Chunks(meta, jnp.moveaxis(live, 2, 0))
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """``[B, L, ...]`` to ``[B, n, chunk, ...]``, padded with zeros."""
+        length = x.shape[1]
+        chunk = min(self.chunk, length)
+        x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+
+    def run(self, data: Chunks, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return per_device(self._attend, data, q, k, v)
+
+    def _attend(self, data: Chunks, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        b, length, heads, d = q.shape
+        groups = k.shape[2]
+        q = self._split(q.reshape(b, length, groups, heads // groups, d))
+        out = _attention(data, q, self._split(k), self._split(v))
+        return out.reshape(b, -1, heads, d)[:, :length]
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    s = jnp.einsum("bqghd,bkgd->bghqk", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(mask[:, None, None], s * q.shape[-1] ** -0.5, _MASKED)
+
+
+@jax.custom_vjp
+def _attention(data: Chunks, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """q ``[B, n, chunk, groups, heads, d]``, k and v ``[B, n, chunk, groups, d]``; the result is like q."""
+    return _forward(data, q, k, v)[0]
+
+
+def _forward(data: Chunks, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple]:
+    b, n, chunk, groups, heads, d = q.shape
+
+    def queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def keys(j: jax.Array, carry: tuple) -> tuple:
+            return jax.lax.cond(data.live[:, i, j].any(), functools.partial(add, j), lambda c: c, carry)
+
+        def add(j: jax.Array, carry: tuple) -> tuple:
+            top, total, out = carry
+            mask = data.mask(i, j)
+            s = _scores(q[:, i], k[:, j], mask)
+            new_top = jnp.maximum(top, s.max(axis=-1))
+            p = jnp.where(mask[:, None, None], jnp.exp(s - new_top[..., None]), 0)
+            keep = jnp.exp(top - new_top)
+            o = jnp.einsum(
+                "bghqk,bkgd->bghqd", p.astype(v.dtype), v[:, j], preferred_element_type=jnp.float32
+            )
+            return new_top, keep * total + p.sum(axis=-1), keep[..., None] * out + o
+
+        rows = (b, groups, heads, chunk)
+        start = (jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros((*rows, d)))
+        top, total, out = jax.lax.fori_loop(0, n, keys, start)
+        out = out / jnp.where(total > 0, total, 1)[..., None]
+        # Padding sees nothing: an infinite log-sum-exp gives it no weight in the backward pass.
+        return jnp.where(total > 0, top + jnp.log(total), jnp.inf), out.astype(q.dtype)
+
+    lse, out = jax.lax.map(queries, jnp.arange(n))
+    out = checkpoint_name(jnp.moveaxis(out, (0, 4), (1, 2)), "attention_out")
+    lse = checkpoint_name(lse, "attention_out")
+    return out, (data, q, k, v, out, lse)
+
+
+def _backward(residuals: tuple, g: jax.Array) -> tuple:
+    data, q, k, v, out, lse = residuals
+    n = q.shape[1]
+    delta = jnp.einsum("bnqghd,bnqghd->nbghq", out, g, preferred_element_type=jnp.float32)
+
+    def keys(dq: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple]:
+        def queries(i: jax.Array, carry: tuple) -> tuple:
+            return jax.lax.cond(data.live[:, i, j].any(), functools.partial(add, i), lambda c: c, carry)
+
+        def add(i: jax.Array, carry: tuple) -> tuple:
+            dq, dk, dv = carry
+            product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            p = jnp.exp(_scores(q[:, i], k[:, j], data.mask(i, j)) - lse[i][..., None])
+            dv += product("bghqk,bqghd->bkgd", p.astype(g.dtype), g[:, i])
+            dp = product("bqghd,bkgd->bghqk", g[:, i], v[:, j])
+            ds = (p * (dp - delta[i][..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
+            dk += product("bghqk,bqghd->bkgd", ds, q[:, i])
+            return dq.at[:, i].add(product("bghqk,bkgd->bqghd", ds, k[:, j])), dk, dv
+
+        zeros = jnp.zeros(k[:, 0].shape, jnp.float32)
+        dq, dk, dv = jax.lax.fori_loop(0, n, queries, (dq, zeros, zeros))
+        return dq, (dk, dv)
+
+    dq, (dk, dv) = jax.lax.scan(keys, jnp.zeros(q.shape, jnp.float32), jnp.arange(n))
+    dk, dv = (jnp.moveaxis(x, 0, 1).astype(k.dtype) for x in (dk, dv))
+    return None, dq.astype(q.dtype), dk, dv
+
+
+_attention.defvjp(_forward, _backward)
