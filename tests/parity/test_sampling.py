@@ -1,4 +1,5 @@
-"""Sampling against the reference numbers: text decoding, pictures, stochastic steps, a rollout and its policy gradient."""
+"""Sampling against the reference numbers: text decoding, pictures, stochastic steps, a rollout and its
+policy gradient."""
 
 from __future__ import annotations
 
@@ -68,12 +69,8 @@ def test_prefill_fills_the_cache_of_the_reference(name: str) -> None:
     length = int(data[f"decode.{name}.kv_len"][0])
     assert int(cache.length[0]) == length
     assert int(cache.rope[0]) == int(data[f"decode.{name}.rope"][0])
-    golden.assert_close(
-        cache.k[-1, 0, :length], data[f"decode.{name}.key_last_layer"], TOLERANCE, "keys"
-    )
-    golden.assert_close(
-        cache.v[-1, 0, :length], data[f"decode.{name}.value_last_layer"], TOLERANCE, "values"
-    )
+    golden.assert_close(cache.k[-1, 0, :length], data[f"decode.{name}.key_last_layer"], TOLERANCE, "keys")
+    golden.assert_close(cache.v[-1, 0, :length], data[f"decode.{name}.value_last_layer"], TOLERANCE, "values")
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
@@ -94,9 +91,7 @@ def test_greedy_decoding_gives_the_tokens_and_logits_of_the_reference(name: str)
 @pytest.mark.parametrize("case", golden.read_json("image_cases.json"), ids=lambda c: c["name"])
 def test_pictures_equal_those_of_the_reference(case: dict) -> None:
     data, pixels = golden.tensors(), golden.config().pixels_per_latent
-    full, no_text, no_image = (
-        case[name] for name in ("context", "cfg_text_context", "cfg_img_context")
-    )
+    full, no_text, no_image = (case[name] for name in ("context", "cfg_text_context", "cfg_img_context"))
     contexts = flow.Contexts(
         read(full),
         read(no_text) if no_text else None,
@@ -111,9 +106,7 @@ def test_pictures_equal_those_of_the_reference(case: dict) -> None:
     )
     settings = flow.FlowSettings(case["num_timesteps"], case["timestep_shift"], guidance)
     grid = (case["shape"][0] // pixels, case["shape"][1] // pixels)
-    latents = flow.sample_latents(
-        golden.model(), contexts, data["image.init_noise"][None], grid, settings
-    )
+    latents = flow.sample_latents(golden.model(), contexts, data["image.init_noise"][None], grid, settings)
     golden.assert_close(latents[0], data[f"image.{case['name']}"], TOLERANCE, case["name"])
 
 
@@ -160,7 +153,7 @@ def test_rollout_equals_that_of_the_reference() -> None:
         golden.model(),
         contexts,
         data["grpo.init_noise"][None],
-        flow.row_keys([0]),
+        flow.row_keys(np.array([0])),
         jnp.int32(case["window_start"]),
         grid,
         settings,
@@ -182,9 +175,7 @@ def test_policy_step_gives_the_log_probs_and_gradients_of_the_reference() -> Non
     @jax.jit
     def loss(model):
         rows = flow.branches(model, contexts, settings.flow.guidance)
-        taken = flow.policy_step(
-            model, rows, stored[:-1], steps, grid, settings, sample=stored[1:]
-        )
+        taken = flow.policy_step(model, rows, stored[:-1], steps, grid, settings, sample=stored[1:])
         ratio = jnp.exp(taken.log_prob - data["grpo.logprobs_old"])
         clipped = jnp.clip(ratio, 1 - case["clip"], 1 + case["clip"])
         a = data["grpo.advantage"]

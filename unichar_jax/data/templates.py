@@ -109,12 +109,14 @@ def t2i_with_thinking(
     )
 
 
+def plan_first(prompt: str) -> str:
+    """Asks a tuned character to plan the picture of any drawing prompt before it is drawn."""
+    return f"{prompt}\n\nSystem Instruction for Thinking and Generation:\n{THINKING_INSTRUCTION}"
+
+
 def thinking_prompt(description: str, user: str, reply: str) -> str:
     """Asks the character to plan the picture of a scene, as in training (the default)."""
-    return (
-        f"{t2i(description, user, reply)}\n\n"
-        f"System Instruction for Thinking and Generation:\n{THINKING_INSTRUCTION}"
-    )
+    return plan_first(t2i(description, user, reply))
 
 
 def thinking_prompt_as_shipped(description: str, user: str, reply: str) -> str:

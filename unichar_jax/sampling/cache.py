@@ -1,14 +1,14 @@
 """The key-value cache: what a model has read so far, for a batch of independent contexts.
 
-A cache holds keys, values and metadata of every token in slots of a fixed capacity. A token's slot is its place in the
-sequence (``meta.order``), rows have lengths of their own, and ``segment`` 0 marks an empty slot, so that one attention
-mask (``streams.visible``) serves ragged rows. Functions return a new cache and leave the old one usable: a context is
-forked by keeping both.
+A cache holds keys, values and metadata of every token in slots of a fixed capacity. A token's slot is its
+place in the sequence (``meta.order``), rows have lengths of their own, and ``segment`` 0 marks an empty
+slot, so that one attention mask (``streams.visible``) serves ragged rows. Functions return a new cache and
+leave the old one usable: a context is forked by keeping both.
 
-Rotary positions follow BAGEL: a text token advances the counter by one, a whole image by one. Padded lengths and
-capacities should come from ``bucket``, so that programs are compiled for a few shapes only. Nothing here checks
-that tokens fit, because lengths are on the device: a token beyond the capacity is dropped. Callers that know the
-lengths ``grow`` first.
+Rotary positions follow BAGEL: a text token advances the counter by one, a whole image by one. Padded lengths
+and capacities should come from ``bucket``, so that programs are compiled for a few shapes only. Nothing here
+checks that tokens fit, because lengths are on the device: a token beyond the capacity is dropped. Callers
+that know the lengths ``grow`` first.
 """
 
 from __future__ import annotations
@@ -173,9 +173,7 @@ def text_meta(cache: KVCache, lengths: jax.Array, padded: int) -> TokenMeta:
     index = jnp.arange(padded, dtype=jnp.int32)[None, :]
     segment = (index < lengths[:, None]).astype(jnp.int32)
     zero = jnp.zeros_like(segment)
-    return TokenMeta(
-        segment, cache.length[:, None] + index, cache.rope[:, None] + index, zero, zero
-    )
+    return TokenMeta(segment, cache.length[:, None] + index, cache.rope[:, None] + index, zero, zero)
 
 
 def image_meta(cache: KVCache, counts: jax.Array, padded: int, noisy: int = 0) -> TokenMeta:
@@ -234,9 +232,7 @@ def append(cache: KVCache, kv: KeyValues, meta: TokenMeta, rope_step: jax.Array)
     return KVCache(
         write(cache.k, kv[0]),
         write(cache.v, kv[1]),
-        jax.tree.map(
-            lambda old, new: old.at[rows, slots].set(new, mode="drop"), cache.meta, meta
-        ),
+        jax.tree.map(lambda old, new: old.at[rows, slots].set(new, mode="drop"), cache.meta, meta),
         cache.length + meta.segment.sum(axis=1, dtype=jnp.int32),
         cache.rope + rope_step.astype(jnp.int32),
     )
@@ -263,9 +259,7 @@ def read_text(
 
 
 @jitted
-def prefill_text(
-    model: UnifiedModel, cache: KVCache, ids: jax.Array, lengths: jax.Array
-) -> KVCache:
+def prefill_text(model: UnifiedModel, cache: KVCache, ids: jax.Array, lengths: jax.Array) -> KVCache:
     """``read_text`` for the cache alone. The caller frames the text: ``BOS tokens EOS``."""
     return read_text(model, cache, ids, lengths)[1]
 

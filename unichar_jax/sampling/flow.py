@@ -1,23 +1,22 @@
 """Drawing pictures: guided velocity, deterministic sampling, and rollouts with a stochastic window.
 
-A picture is drawn against what the model has read (``Contexts``). Classifier-free guidance compares the full context with
-one that lacks the text and, when pictures were read too, one that lacks the pictures; these branches are rows of one
-batch, laid side by side (``Branches``). ``guided_velocity`` is the one function that samples, rolls out and, in the policy
-update, is differentiated.
+A picture is drawn against what the model has read (``Contexts``). Classifier-free guidance compares the full
+context with one that lacks the text and, when pictures were read too, one that lacks the pictures; these
+branches are rows of one batch, laid side by side (``Branches``). ``guided_velocity`` is the one function
+that samples, rolls out and, in the policy update, is differentiated.
 
-Guidance acts on an interval of times only: steps outside of it run the full context alone, in a loop of their own.
-A rollout is deterministic but for a short window of steps; it keeps what the update needs of these and nothing else.
-Nothing here knows of prompts, tokens or pixels.
+Guidance acts on an interval of times only: steps outside of it run the full context alone, in a loop of
+their own. A rollout is deterministic but for a short window of steps; it keeps what the update needs of
+these and nothing else. Nothing here knows of prompts, tokens or pixels.
 
-Sources: BAGEL (arXiv 2505.14683) for guidance and renormalisation; Flow-GRPO (arXiv 2505.05470) and MixGRPO (arXiv 2507.21802)
-for the window; UniCharacter (arXiv 2605.08129).
+Sources: BAGEL (arXiv 2505.14683) for guidance and renormalisation; Flow-GRPO (arXiv 2505.05470) and MixGRPO
+(arXiv 2507.21802) for the window; UniCharacter (arXiv 2605.08129).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass, field
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +45,11 @@ class Guidance:
     Attributes:
       text_scale: weight of the full context against the one without text; at most 1 turns all guidance off.
       image_scale: weight of that against the one without pictures; at most 1 turns this part off.
-      renorm_min: lower bound of the factor that brings the guided velocity back to the norm of the unguided one.
+      renorm_min: lower bound of the factor that brings the guided velocity back to the norm of the unguided
+        one.
       interval: guidance acts while ``interval[0] < t <= interval[1]``.
-      renorm: norms over the whole image ("global"), over each token's channels ("channel"), or over each token's
-        channels after text guidance and before image guidance ("text_channel").
+      renorm: norms over the whole image ("global"), over each token's channels ("channel"), or over each
+        token's channels after text guidance and before image guidance ("text_channel").
     """
 
     text_scale: float = 4.0
@@ -64,6 +64,12 @@ class Guidance:
                 f"guidance.renorm: '{self.renorm}' is unknown{did_you_mean(self.renorm, RENORMS)};"
                 f" expected one of {', '.join(RENORMS)}."
             )
+
+    @property
+    def uses(self) -> tuple[bool, bool]:
+        """Whether (text, image) guidance acts at all; the scales must be plain numbers here."""
+        # Without text guidance image guidance is off too, as in the reference.
+        return self.text_scale > 1, self.text_scale > 1 and self.image_scale > 1
 
     def acts(self, t: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         """Whether guidance acts at the times ``t``."""
@@ -92,7 +98,7 @@ class FlowSettings:
         """Steps ``(first, end, guided)`` in runs of equal guidance."""
         acts = self.guidance.acts(self.times[:-1])
         edges = [0, *(np.flatnonzero(np.diff(acts)) + 1).tolist(), len(acts)]
-        return tuple((a, b, bool(acts[a])) for a, b in zip(edges, edges[1:], strict=False))
+        return tuple((a, b, bool(acts[a])) for a, b in itertools.pairwise(edges))
 
 
 @dataclass(frozen=True)
@@ -107,13 +113,13 @@ class RolloutSettings:
     """
 
     flow: FlowSettings = FlowSettings(num_timesteps=15, guidance=Guidance(interval=(0.0, 1.0)))
-    noising: Noising = Noising()
+    noising: Noising = field(default_factory=Noising)
     window_size: int = 3
     window_range: tuple[int, int] = (0, 7)
 
     def __post_init__(self) -> None:
         a, b = self.window_range
-        if not (0 <= a and self.window_size >= 1 and a + self.window_size <= b) or (
+        if not (a >= 0 and self.window_size >= 1 and a + self.window_size <= b) or (
             b > self.flow.num_timesteps - 1
         ):
             raise UserError(
@@ -139,7 +145,8 @@ class Contexts:
     Attributes:
       full: everything.
       no_text: everything before the last text; None is the empty context (plain text to image).
-      no_image: the texts without pictures; None where that is ``full`` itself, which then saves a branch exactly.
+      no_image: the texts without pictures; None where that is ``full`` itself, which then saves a branch
+        exactly.
     """
 
     full: KVCache
@@ -155,7 +162,8 @@ class Branches:
     Attributes:
       cache: branch 0 is the full context, 1 lacks the text, 2 lacks the pictures.
       count: branches of a picture, 1 to 3.
-      guides_image: whether image guidance acts (with two branches: the full context is the one without pictures).
+      guides_image: whether image guidance acts (with two branches: the full context is the one without
+        pictures).
     """
 
     cache: KVCache
@@ -169,24 +177,27 @@ class Branches:
         return Branches(kv.take(self.cache, jnp.arange(0, self.cache.batch, self.count)), 1, False)
 
 
-def branches(model: UnifiedModel, contexts: Contexts, guidance: Guidance) -> Branches:
-    """The branches that the guidance's scales need; scales must be plain numbers here."""
-    if guidance.text_scale <= 1:  # image guidance is then off too, as in the reference
+def branches(
+    model: UnifiedModel,
+    contexts: Contexts,
+    guidance: Guidance,
+    uses: tuple[bool, bool] | None = None,
+) -> Branches:
+    """The branches that guidance needs: those that ``uses`` (default: ``guidance.uses``) names."""
+    text, image = guidance.uses if uses is None else uses
+    if not text:
         return Branches(contexts.full, 1, False)
     full = contexts.full
-    no_text = contexts.no_text or kv.empty(model, full.batch, full.capacity)
-    rows, guides_image = [full, no_text], guidance.image_scale > 1
-    if guides_image and contexts.no_image is not None:
+    rows = [full, contexts.no_text or kv.empty(model, full.batch, full.capacity)]
+    if image and contexts.no_image is not None:
         rows.append(contexts.no_image)
-    return Branches(kv.interleave(rows), len(rows), guides_image)
+    return Branches(kv.interleave(rows), len(rows), image)
 
 
 # -- velocity -----------------------------------------------------------------------------------------------
 
 
-def velocity(
-    model: UnifiedModel, cache: KVCache, x: jax.Array, t: jax.Array, grid: Grid
-) -> jax.Array:
+def velocity(model: UnifiedModel, cache: KVCache, x: jax.Array, t: jax.Array, grid: Grid) -> jax.Array:
     """The model's velocity of noised latents against a context; the context stays as it is.
 
     Args:
@@ -247,9 +258,7 @@ def guided_velocity(
     return jnp.where(jnp.reshape(acts, (-1, 1, 1)), guided, v[:, 0])
 
 
-def guide(
-    full: jax.Array, no_text: jax.Array, no_image: jax.Array | None, guidance: Guidance
-) -> jax.Array:
+def guide(full: jax.Array, no_text: jax.Array, no_image: jax.Array | None, guidance: Guidance) -> jax.Array:
     """Combines the branches' velocities ``[B, N, D]``; renormalisation is per image."""
 
     def toward(base: jax.Array, v: jax.Array, scale) -> jax.Array:
@@ -276,13 +285,14 @@ def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 # -- sampling -----------------------------------------------------------------------------------------------
 
 
-def row_keys(seeds: Sequence[int]) -> jax.Array:
-    """One random key for each row, from its seed alone."""
-    return jax.vmap(jax.random.key)(jnp.asarray([s & 0xFFFFFFFF for s in seeds], jnp.uint32))
+def row_keys(seeds: jax.Array) -> jax.Array:
+    """One random key for each row, from its seed (uint32 ``[B]``) alone."""
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
 def draw_noise(keys: jax.Array, index: jax.Array | int, grid: Grid, width: int) -> jax.Array:
-    """Standard normal ``[B, N, width]``, each row from its key; ``index`` 0 is the picture's initial noise."""
+    """Standard normal ``[B, N, width]``, each row from its key; ``index`` 0 is the picture's initial
+    noise."""
     shape = (grid[0] * grid[1], width)
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
@@ -304,8 +314,9 @@ def _ode(model, branched, x, times, runs, grid, guidance, first=0, end=None):
     return x
 
 
-@jitted(static_argnames=("grid", "runs"))
-def _sample(model, branched, noise, times, guidance, *, grid, runs):
+@jitted(static_argnames=("grid", "runs", "uses"))
+def _sample(model, contexts, noise, times, guidance, *, grid, runs, uses):
+    branched = branches(model, contexts, guidance, uses)
     return _ode(model, branched, noise, times, runs, grid, guidance)
 
 
@@ -328,16 +339,15 @@ def sample_latents(
     Returns:
       Scaled latents in patches, float32 ``[B, N, latent_dim]``.
     """
-    guidance = settings.guidance
-    branched = branches(model, contexts, guidance)
     return _sample(
         model,
-        branched,
+        contexts,
         noise,
-        jnp.asarray(settings.times),
-        guidance,
+        settings.times,
+        settings.guidance,
         grid=grid,
         runs=settings.runs(),
+        uses=settings.guidance.uses,
     )
 
 
@@ -373,7 +383,8 @@ def policy_step(
     noise: jax.Array | None = None,
     sample: jax.Array | None = None,
 ) -> Step:
-    """One stochastic step of the policy: drawn with ``noise`` in a rollout, judged with ``sample`` in an update.
+    """One stochastic step of the policy: drawn with ``noise`` in a rollout, judged with ``sample`` in an
+    update.
 
     Args:
       model, branched: the policy and its branches.
@@ -389,9 +400,7 @@ def policy_step(
     everywhere = bool(np.all(flow.guidance.acts(flow.times[:-1])))
     acts = None if everywhere else flow.guidance.acts(t)
     v = guided_velocity(model, branched, x, t, grid, flow.guidance, acts)
-    return schedule.step(
-        settings.noising, x, v, t, times[index + 1], times[1], noise=noise, sample=sample
-    )
+    return schedule.step(settings.noising, x, v, t, times[index + 1], times[1], noise=noise, sample=sample)
 
 
 def rollout(
@@ -405,13 +414,14 @@ def rollout(
     *,
     step_noise: jax.Array | None = None,
 ) -> Rollout:
-    """Draws a group of pictures for each context, stochastic in one window of steps. Call it under ``jax.jit``.
+    """Draws a group of pictures for each context, stochastic in one window of steps. Call it under
+    ``jax.jit``.
 
     Args:
       model: the policy.
       contexts: one row for each of P prompts; a group shares its prompt's context.
-      noise: initial noise ``[B, N, latent_dim]`` with B = P * group, or ``[P, ...]``: then a group shares its noise, and
-        the steps before the window are computed once for all of it.
+      noise: initial noise ``[B, N, latent_dim]`` with B = P * group, or ``[P, ...]``: then a group shares
+        its noise, and the steps before the window are computed once for all of it.
       keys: random keys ``[B]``, one for each picture.
       window_start: first stochastic step, int32 scalar (``RolloutSettings.draw_start``); traced, so that no
         start needs a compilation of its own.

@@ -1,11 +1,12 @@
 """Times of the flow, and one step along it: Euler, SDE and CPS.
 
-Times run from 1 (noise) to 0 (data). A stochastic step is a Gaussian around a mean; ``step`` returns the mean, the next
-sample, its log-probability and the noise scale, and is the same pure function in a rollout (which draws the next
-sample) and in the policy update (which is given it). Everything is float32 and broadcasts over the batch.
+Times run from 1 (noise) to 0 (data). A stochastic step is a Gaussian around a mean; ``step`` returns the
+mean, the next sample, its log-probability and the noise scale, and is the same pure function in a rollout
+(which draws the next sample) and in the policy update (which is given it). Everything is float32 and
+broadcasts over the batch.
 
-Sources: the SDE of Flow-GRPO (arXiv 2505.05470), coefficients-preserving sampling (CPS, arXiv 2509.05952), both as used by
-UniCharacter (arXiv 2605.08129).
+Sources: the SDE of Flow-GRPO (arXiv 2505.05470), coefficients-preserving sampling (CPS, arXiv 2509.05952),
+both as used by UniCharacter (arXiv 2605.08129).
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Step(NamedTuple):
     Attributes:
       mean: of the next sample, ``[B, ...]``.
       next: the next sample, ``[B, ...]``.
-      log_prob: ``[B]``, of ``next``: the mean over its elements, without the normalising constant; 0 where the step
-        is deterministic.
+      log_prob: ``[B]``, of ``next``: the mean over its elements, without the normalising constant; 0 where
+        the step is deterministic.
       scale: the noise scale sigma, shape of ``t``.
     """
 

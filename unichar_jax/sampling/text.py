@@ -1,9 +1,11 @@
-"""Text decoding for a batch of contexts: greedy, temperature, top-k and top-p, each row with settings of its own.
+"""Text decoding for a batch of contexts: greedy, temperature, top-k and top-p, each row with settings of its
+own.
 
-One program decodes a chunk of tokens in a ``lax.while_loop`` that ends when every row has: ``decode`` runs one long chunk,
-``stream`` runs short ones and looks at the text in between (callbacks, stop strings, cancellation). A turn starts with
-BOS and ends before EOS; neither is part of the result. A row's random draws depend on its seed and its own token count
-only, so a result does not depend on what else is in the batch.
+One program decodes a chunk of tokens in a ``lax.while_loop`` that ends when every row has: ``decode`` runs
+one long chunk, ``stream`` runs short ones and looks at the text in between (callbacks, stop strings,
+cancellation). A turn starts with BOS and ends before EOS; neither is part of the result. A row's random
+draws depend on its seed and its own token count only, so a result does not depend on what else is in the
+batch.
 
 Nucleus sampling: arXiv 1904.09751.
 """
@@ -200,17 +202,15 @@ def decode(
       The new tokens of each row, without BOS and EOS, and the final state.
     """
     longest = max(s.max_tokens for s in settings)
-    tokens, state = decode_chunk(
-        model, start(model, cache), Choice.of(settings), num_tokens=longest
-    )
+    tokens, state = decode_chunk(model, start(model, cache), Choice.of(settings), num_tokens=longest)
     return [[int(t) for t in row if t >= 0] for row in np.asarray(tokens)], state
 
 
 class Reply:
     """The growing text of one row: turns tokens into text, finds its end, hands out what is new.
 
-    Text is handed out only when it can no longer change: not while the last character is incomplete, nor while it
-    could be the beginning of a stop string.
+    Text is handed out only when it can no longer change: not while the last character is incomplete, nor
+    while it could be the beginning of a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: TextSettings, bos: int):
@@ -266,7 +266,8 @@ def stream(
 
     Args:
       model: the model.
-      cache: contexts with room for ``max_tokens`` more tokens each; rows beyond ``len(settings)`` are padding.
+      cache: contexts with room for ``max_tokens`` more tokens each; rows beyond ``len(settings)`` are
+        padding.
       tokenizer: turns tokens into text.
       settings: one for each real row.
       on_text: called with (row, new text) as text becomes final.
@@ -294,9 +295,7 @@ def stream(
 
 
 @jitted
-def token_log_probs(
-    model: UnifiedModel, cache: KVCache, ids: jax.Array, lengths: jax.Array
-) -> jax.Array:
+def token_log_probs(model: UnifiedModel, cache: KVCache, ids: jax.Array, lengths: jax.Array) -> jax.Array:
     """Log-probability of each given token after the context: how likely an answer is, without drawing it.
 
     Args:

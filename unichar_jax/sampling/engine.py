@@ -1,0 +1,450 @@
+"""The engine: one loaded model that answers and draws for any number of callers.
+
+Requests are checked in the caller's thread (a mistake is an error there and then, and never reaches a
+batch), queued, and run in batches by one thread. Shapes are padded to buckets, so that a long session
+compiles a bounded number of programs; what was read once is not read again (``context.Reader``). A result
+depends on its own request and seed, not on what shared its batch.
+
+Several models of one shape (a base with many characters' low-rank additions) may be served side by side:
+arrays they share are held once, programs are compiled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from unichar_jax.data import templates
+from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.models.autoencoder import Autoencoder
+from unichar_jax.models.decoder import Compute
+from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.sampling import cache as kv
+from unichar_jax.sampling import context, flow, pixels, text
+from unichar_jax.sampling.batching import Batcher, Job
+from unichar_jax.sampling.cache import bucket
+from unichar_jax.sampling.context import Part
+from unichar_jax.sampling.flow import Contexts, FlowSettings, Guidance
+from unichar_jax.sampling.parts import ImageLike, PartMaker, Size, Transforms, open_picture
+from unichar_jax.sampling.text import TextSettings, Tokenizer
+from unichar_jax.sampling.tracing import compilations, jitted
+
+EDITING = FlowSettings(guidance=Guidance(4.0, 2.0, interval=(0.0, 1.0), renorm="text_channel"))
+"""How a given picture is changed, BAGEL's defaults."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Bounds and habits of an engine.
+
+    Attributes:
+      max_batch: rows that run together.
+      max_queue: requests that wait.
+      max_context: tokens of a context and of what follows it.
+      remembered: tokens kept for contexts that begin alike; each takes ``2 * layers * kv_heads * head_dim``
+        numbers.
+      as_shipped: follow the reference's inference code where it departs from its own training data: the
+        prompts that ask for a plan, and the size of pictures that are looked at. Only for comparing with its
+        results.
+    """
+
+    max_batch: int = 8
+    max_queue: int = 64
+    max_context: int = 16_384
+    remembered: int = 16_384
+    as_shipped: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch", 1), ("max_queue", 1), ("max_context", 1), ("remembered", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"engine.{name}: expected at least {least}, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class _TextRequest:
+    parts: tuple[Part, ...]
+    settings: TextSettings
+    model: str
+
+
+@dataclass(frozen=True)
+class _ImageRequest:
+    """What to read for each guidance branch (as in ``flow.Contexts``), and how to draw."""
+
+    full: tuple[Part, ...]
+    no_text: tuple[Part, ...]
+    no_image: tuple[Part, ...]
+    settings: FlowSettings
+    grid: flow.Grid
+    seeds: tuple[int, ...]
+    model: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        shapes = (context.shape_of(p) for p in (self.full, self.no_text, self.no_image))
+        return ("images", self.model, self.settings, self.grid, *shapes)
+
+
+@jitted
+def _rows(contexts: Contexts, index: jax.Array) -> Contexts:
+    """Contexts of the pictures of a batch from those of their prompts."""
+    is_cache = lambda c: isinstance(c, kv.KVCache)  # noqa: E731
+    return jax.tree.map(lambda c: kv.take(c, index), contexts, is_leaf=is_cache)
+
+
+@jitted(static_argnames=("grid", "width"))
+def _noise(seeds: jax.Array, *, grid: flow.Grid, width: int) -> jax.Array:
+    return flow.draw_noise(flow.row_keys(seeds), 0, grid, width)
+
+
+class Engine:
+    """A model that is ready to answer and to draw. Thread-safe. Close it, or use it in a ``with``.
+
+    Args:
+      model: the base model, named "base".
+      autoencoder: of the same model; needed for pictures that are drawn or changed.
+      tokenizer: of the same model.
+      config: bounds and habits.
+      transforms: how pictures are prepared; by default as for the training of models of this size.
+    """
+
+    def __init__(
+        self,
+        model: UnifiedModel,
+        autoencoder: Autoencoder | None,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        transforms: Transforms | None = None,
+    ):
+        self.config = config or EngineConfig()
+        self.cfg = model.cfg
+        self.models = {"base": ready(model)}
+        self.parts = PartMaker(
+            model.cfg,
+            tokenizer,
+            autoencoder,
+            transforms or Transforms.of(model.cfg),
+            self.config.as_shipped,
+        )
+        self._reader = context.Reader(self.config.remembered)
+        self._compiled_before = sum(compilations().values())
+        self._batcher = Batcher(self._run, self.config.max_batch, self.config.max_queue)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        config: EngineConfig | None = None,
+        compute: Compute | None = None,
+    ) -> Engine:
+        """Loads a BAGEL directory, a model directory or a training step, with what lies beside it."""
+        from unichar_jax.checkpoint import store  # reading checkpoints takes long to import
+
+        compute = compute or Compute()
+        model = store.load_model(path, compute=compute, dtype=compute.jax_dtype)
+        return cls(model, store.load_autoencoder(path), store.load_tokenizer(path), config)
+
+    def close(self) -> None:
+        """Cancels waiting requests and stops; running ones end first."""
+        self._batcher.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled since this engine was made (counting all engines of the process)."""
+        return sum(compilations().values()) - self._compiled_before
+
+    def add_model(self, name: str, model: UnifiedModel) -> None:
+        """Serves another model of the same sizes under ``name``; one of that name is replaced."""
+        if model.cfg != self.cfg:
+            raise UserError(f"model '{name}': its sizes are not those of the engine's base model.")
+        self.models[name] = ready(model)
+
+    # -- many at once ---------------------------------------------------------------------------------------
+
+    def generate_text(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[ImageLike | None] | None = None,
+        settings: TextSettings | None = None,
+        *,
+        think: bool = False,
+        model: str = "base",
+    ) -> list[str]:
+        """Answers every prompt.
+
+        Args:
+          prompts: what is asked.
+          images: a picture to look at for each prompt, or None.
+          settings: of decoding; prompt i is decoded with ``seed + i``.
+          think: ask BAGEL to reason first; the reasoning is part of the answer.
+          model: which model answers.
+        """
+        settings = settings or TextSettings()
+        pictures = [None] * len(prompts) if images is None else images
+        return _gather(
+            self.submit_text(
+                prompt,
+                image,
+                replace(settings, seed=settings.seed + i),
+                think=think,
+                model=model,
+                wait=True,
+            )
+            for i, (prompt, image) in enumerate(zip(prompts, pictures, strict=True))
+        )
+
+    def answer(
+        self,
+        image: ImageLike | None,
+        question: str,
+        settings: TextSettings | None = None,
+        *,
+        think: bool = False,
+        model: str = "base",
+    ) -> str:
+        """The answer to a question, about a picture if one is given."""
+        return self.generate_text([question], [image], settings, think=think, model=model)[0]
+
+    def generate_images(
+        self,
+        prompts: Sequence[str],
+        n: int = 1,
+        settings: FlowSettings | None = None,
+        *,
+        size: Size | None = None,
+        seed: int = 0,
+        image: ImageLike | None = None,
+        think: TextSettings | None = None,
+        model: str = "base",
+    ) -> list[list[Image.Image]]:
+        """Draws ``n`` pictures for every prompt; picture j of each has seed ``seed + j``.
+
+        Args:
+          prompts: what to draw.
+          n: pictures of each prompt; they share the reading of it.
+          settings: times and guidance (default: BAGEL's for drawing, or for changing a picture).
+          size: (height, width) in pixels; by default the largest square of training, or that of the picture
+            given.
+          seed: of the noise.
+          image: a picture to change as the prompts say.
+          think: plan in words first, decoded with these settings: in the format of the characters' training,
+            or with an ``as_shipped`` engine in BAGEL's.
+          model: which model draws.
+        """
+        plans: Sequence[str | None] = [None] * len(prompts)
+        if think is not None and self.config.as_shipped:
+            given = [] if image is None else self._given(open_picture(image))
+            first = [self.parts.text(templates.GEN_THINK), *given]
+            plans = _gather(
+                self.submit_parts([*first, self.parts.text(p)], think, model=model, wait=True)
+                for p in prompts
+            )
+        elif think is not None:
+            asked = [templates.plan_first(p) for p in prompts]
+            written = self.generate_text(asked, None, think, model=model)
+            parsed = [templates.parse_thinking(w).instruction for w in written]
+            prompts = [instruction or p for instruction, p in zip(parsed, prompts, strict=True)]
+        return _gather(
+            self.submit_images(
+                prompt,
+                n,
+                settings,
+                size=size,
+                seed=seed,
+                image=image,
+                plan=plan,
+                model=model,
+                wait=True,
+            )
+            for prompt, plan in zip(prompts, plans, strict=True)
+        )
+
+    # -- one request ----------------------------------------------------------------------------------------
+
+    def submit_text(
+        self,
+        prompt: str,
+        image: ImageLike | None = None,
+        settings: TextSettings | None = None,
+        *,
+        think: bool = False,
+        model: str = "base",
+        wait: bool = False,
+    ) -> Job:
+        """Queues one text. Iterate over the job for the text as it comes, or take its ``result()``.
+
+        Raises:
+          UserError: bad input, a prompt longer than the context, or (without ``wait``) a full queue.
+        """
+        parts: list[Part] = [self.parts.text(templates.VLM_THINK)] if think else []
+        if image is not None:
+            parts.append(self.parts.look(image))
+        parts.append(self.parts.text(prompt))
+        return self.submit_parts(parts, settings, model=model, wait=wait)
+
+    def submit_parts(
+        self,
+        parts: Sequence[Part],
+        settings: TextSettings | None = None,
+        *,
+        model: str = "base",
+        wait: bool = False,
+    ) -> Job:
+        """Queues the text that follows any context (``self.parts`` makes its parts)."""
+        request = _TextRequest(tuple(parts), settings or TextSettings(), self._known(model))
+        self._check_length(parts, request.settings.max_tokens + 1)
+        return self._batcher.submit(Job(("text", model, context.shape_of(parts)), request), wait=wait)
+
+    def submit_images(
+        self,
+        prompt: str,
+        n: int = 1,
+        settings: FlowSettings | None = None,
+        *,
+        size: Size | None = None,
+        seed: int = 0,
+        image: ImageLike | None = None,
+        plan: str | None = None,
+        model: str = "base",
+        wait: bool = False,
+    ) -> Job:
+        """Queues ``n`` pictures of one prompt. Iterate over the job for each as it is done.
+
+        ``plan`` is what BAGEL wrote when asked to plan the picture. For the other arguments see
+        ``generate_images``.
+        """
+        if self.parts.autoencoder is None:
+            raise UserError("this engine has no autoencoder, so it cannot draw; load one.")
+        if n < 1:
+            raise UserError(f"n: expected at least 1 picture, got {n}.")
+        given: list[Part] = []
+        if image is not None:
+            picture = open_picture(image)
+            given, size = self._given(picture), self.parts.given_size(picture)
+        system = [] if plan is None else [self.parts.text(templates.GEN_THINK)]
+        planned = [] if plan is None else [self.parts.text(plan)]
+        asked = self.parts.text(prompt)
+        grid = self.parts.grid(size)
+        request = _ImageRequest(
+            full=(*system, *given, asked, *planned),
+            no_text=(*system, *given),
+            no_image=(*system, asked),  # without the plan, too: as in BAGEL
+            settings=settings or (FlowSettings() if image is None else EDITING),
+            grid=grid,
+            seeds=tuple(seed + i for i in range(n)),
+            model=self._known(model),
+        )
+        self._check_length(request.full, 2 + grid[0] * grid[1])
+        return self._batcher.submit(Job(request.key, request, rows=n), wait=wait)
+
+    def _given(self, picture: Image.Image) -> list[Part]:
+        """A picture to be changed: as latents and as patches."""
+        return [self.parts.given(picture), self.parts.look(picture)]
+
+    def _known(self, name: str) -> str:
+        if name not in self.models:
+            raise UserError(
+                f"model '{name}' is unknown{did_you_mean(name, self.models)}; expected one of"
+                f" {', '.join(self.models)}."
+            )
+        return name
+
+    def _check_length(self, parts: Sequence[Part], more: int) -> None:
+        length = context.num_tokens(parts)
+        if length + more > self.config.max_context:
+            raise UserError(
+                f"the request needs {length} tokens to read and {more} more; expected at most"
+                f" {self.config.max_context} together (max_context). Shorten the text, or raise it."
+            )
+
+    # -- the worker's side ----------------------------------------------------------------------------------
+
+    def _run(self, jobs: list[Job]) -> None:
+        if isinstance(jobs[0].payload, _TextRequest):
+            self._run_text(jobs)
+        else:
+            self._run_images(jobs)
+
+    def _run_text(self, jobs: list[Job]) -> None:
+        requests: list[_TextRequest] = [job.payload for job in jobs]
+        name, settings = requests[0].model, [r.settings for r in requests]
+        model, room = self.models[name], max(s.max_tokens for s in settings) + 1
+        cache = self._reader.read(model, name, [r.parts for r in requests], room=room)
+        replies = text.stream(
+            model,
+            cache,
+            self.parts.tokenizer,
+            settings,
+            on_text=lambda row, piece: jobs[row].emit(piece),
+            cancelled=lambda row: jobs[row].cancelled,
+        )
+        for job, reply in zip(jobs, replies, strict=True):
+            job.finish(reply)
+
+    def _run_images(self, jobs: list[Job]) -> None:
+        requests: list[_ImageRequest] = [job.payload for job in jobs]
+        first = requests[0]
+        name, grid = first.model, first.grid
+        model, most = self.models[name], self.config.max_batch
+
+        def read(branch: str) -> kv.KVCache:
+            return self._reader.read(model, name, [getattr(r, branch) for r in requests])
+
+        text_acts, image_acts = first.settings.guidance.uses
+        contexts = Contexts(
+            read("full"),
+            read("no_text") if text_acts and first.no_text else None,
+            read("no_image") if image_acts and first.no_image != first.full else None,
+        )
+        drawn: list[list[Image.Image]] = [[] for _ in jobs]
+        wanted = [(row, seed) for row, r in enumerate(requests) for seed in r.seeds]
+        for at in range(0, len(wanted), most):
+            chunk = [(row, s) for row, s in wanted[at : at + most] if not jobs[row].cancelled]
+            if not chunk:
+                continue
+            padded = [*chunk, *chunk[:1] * (bucket(len(chunk)) - len(chunk))]
+            seeds = np.array([s & 0xFFFFFFFF for _, s in padded], np.uint32)
+            latents = flow.sample_latents(
+                model,
+                _rows(contexts, np.array([row for row, _ in padded], np.int32)),
+                _noise(seeds, grid=grid, width=self.cfg.latent_dim),
+                grid,
+                first.settings,
+            )
+            images = pixels.decode_images(self.parts.autoencoder, latents, grid, self.cfg.latent_patch_size)
+            for (row, _), image in zip(chunk, np.asarray(images), strict=False):
+                drawn[row].append(Image.fromarray(image))
+                jobs[row].emit(drawn[row][-1])
+        for job, pictures in zip(jobs, drawn, strict=True):
+            job.finish(pictures)
+
+
+def _gather(jobs: Iterable[Job]) -> list[Any]:
+    """Results in order. If one fails or the caller is interrupted, the others are cancelled."""
+    submitted: list[Job] = []
+    try:
+        submitted.extend(jobs)
+        return [job.result() for job in submitted]
+    except BaseException:
+        for job in submitted:
+            job.cancel()
+        raise
+
+
+def ready(model: UnifiedModel) -> UnifiedModel:
+    """The model with its weights in the dtype it computes in: nothing is cast at each use."""
+    dtype = model.compute.jax_dtype
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model)
