@@ -342,7 +342,7 @@ _DEBUG = ModelConfig(
 
 _MINI = ModelConfig(
     DecoderConfig(
-        hidden_size=256, mlp_size=704, num_layers=6, num_heads=4, num_kv_heads=2, vocab_size=2048
+        hidden_size=192, mlp_size=512, num_layers=6, num_heads=4, num_kv_heads=2, vocab_size=2048
     ),
     VisionConfig(hidden_size=192, mlp_size=512, num_layers=4, num_heads=4, max_patches_per_side=8),
     AutoencoderConfig(channels=8, multipliers=(1, 2, 4, 8), num_res_blocks=1, norm_groups=2),

@@ -22,9 +22,11 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with global-norm clipping.
+    """AdamW (arXiv 1711.05101), or Muon on the matrices of the layers, with global-norm clipping.
 
     Attributes:
+      name: "adamw"; or "muon" (orthogonalised momentum, with updates scaled to AdamW's size so that learning
+        rates carry over, arXiv 2502.16982) for the layers' kernels and AdamW for everything else.
       learning_rate: peak.
       warmup_steps: linear warm-up; 0 starts at the peak.
       schedule: "constant", or "cosine" down to ``min_learning_rate`` at the last step.
@@ -34,6 +36,7 @@ class OptimizerConfig:
       ema_decay: decay of the exponential moving average of the weights; 0 keeps none.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-5
     min_learning_rate: float = 1e-7
     warmup_steps: int = 0

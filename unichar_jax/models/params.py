@@ -40,7 +40,7 @@ class ArraySpec:
     shape: tuple[int, ...]
     dims: tuple[str | None, ...]
     init: Initializer
-    dtype: Any = jnp.float32
+    dtype: Any = np.dtype("float32")
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.dims):
@@ -51,7 +51,7 @@ def declare(
     shape: tuple[int, ...],
     dims: tuple[str | None, ...],
     init: Initializer,
-    dtype: Any = jnp.float32,
+    dtype: Any = np.dtype("float32"),
 ) -> nnx.Param:
     """Declares one array; its dimension names stay with the parameter as ``param.dims``."""
     return nnx.Param(ArraySpec(tuple(shape), tuple(dims), init, dtype), dims=tuple(dims))

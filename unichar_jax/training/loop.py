@@ -44,7 +44,7 @@ class Data(Protocol):
 Hook = Callable[[int, TrainState], None]
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Loop:
     """One run.
 

@@ -28,17 +28,38 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    adamw = optax.adamw(
-        schedule(cfg, steps),
-        b1=cfg.beta1,
-        b2=cfg.beta2,
-        eps=cfg.eps,
-        weight_decay=cfg.weight_decay,
-        mu_dtype=jnp.dtype(cfg.first_moment_dtype),
-    )
+    """Clipping, then the optimiser, over a flat dictionary of parameters by name."""
+    common = dict(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps, weight_decay=cfg.weight_decay)
+    moment = jnp.dtype(cfg.first_moment_dtype)
+    if cfg.name == "adamw":
+        optimizer = optax.adamw(schedule(cfg, steps), mu_dtype=moment, **common)
+    else:
+        optimizer = optax.contrib.muon(
+            schedule(cfg, steps),
+            mu_dtype=moment,
+            eps=cfg.eps,
+            weight_decay=cfg.weight_decay,
+            adam_b1=cfg.beta1,
+            adam_b2=cfg.beta2,
+            adam_weight_decay=cfg.weight_decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
     if cfg.max_grad_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), optimizer)
+
+
+def _muon_dimensions(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The kernels that Muon takes: those of stacked layers, ``[layers, in, out]``."""
+
+    def dimensions(name: str, x: Any) -> Any:
+        stacked = ".layers." in name and name.endswith(".kernel")
+        if not stacked or getattr(x, "ndim", 0) != 3:  # Optax also calls this on masked trees
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+    return {name: dimensions(name, x) for name, x in parameters.items()}
 
 
 def state_shardings(abstract_state: Any, parameters: dict[str, Any], mesh: Mesh) -> Any:

@@ -58,7 +58,7 @@ class Pretraining:
     """Folder of the tokenised corpus."""
     records: int = 20_000
     steps: int = 3_000
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     ema_decay: float = 0.998
     ce_weight: float = 0.5
@@ -134,6 +134,7 @@ def train(cfg: Pretraining) -> None:
     sft = SFTConfig(
         compute=Compute(dtype="float32"),
         optimizer=OptimizerConfig(
+            name="muon",
             learning_rate=cfg.learning_rate,
             min_learning_rate=cfg.learning_rate / 20,
             warmup_steps=cfg.warmup_steps,

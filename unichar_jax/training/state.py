@@ -43,7 +43,7 @@ class TrainState:
     ema: Arrays | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layout:
     """A module of declarations, as the bridge between flat parameters and the module's tree."""
 
