@@ -143,12 +143,16 @@ class Engine:
         path: str | Path,
         config: EngineConfig | None = None,
         compute: Compute | None = None,
+        item: str | None = None,
     ) -> Engine:
-        """Loads a BAGEL directory, a model directory or a training step, with what lies beside it."""
+        """Loads a BAGEL directory, a model directory or a training step, with what lies beside it.
+
+        ``item`` chooses among a training step's weights, as in ``checkpoint.store.load_model``.
+        """
         from unichar_jax.checkpoint import store  # reading checkpoints takes long to import
 
         compute = compute or Compute()
-        model = store.load_model(path, compute=compute, dtype=compute.jax_dtype)
+        model = store.load_model(path, compute=compute, dtype=compute.jax_dtype, item=item)
         return cls(model, store.load_autoencoder(path), store.load_tokenizer(path), config)
 
     def close(self) -> None:
