@@ -153,9 +153,7 @@ def _blank(lead: tuple[int, ...], room: Sizes, model: ModelConfig) -> Tokens:
             weight=_f32(*lead, t),
             task=_i32(*lead, t),
         ),
-        VitStream(
-            patches=_f32(*lead, v, model.vision.patch_dim), grid=_i32(*lead, v), meta=meta(v)
-        ),
+        VitStream(patches=_f32(*lead, v, model.vision.patch_dim), grid=_i32(*lead, v), meta=meta(v)),
         LatentStream(
             mean=_f32(*lead, z, model.latent_dim),
             logvar=_f32(*lead, z, model.latent_dim),

@@ -241,8 +241,7 @@ class Schedule:
 
     Args:
       keys, weights: of the sources.
-      sizes: total tokens of each sample of a source, or None for an endless one (then draw j is its
-        sample j).
+      sizes: total tokens of each sample of a source, ``[n]``.
       seed: fixes everything.
     """
 
@@ -250,7 +249,7 @@ class Schedule:
         self,
         keys: Sequence[SourceKey],
         weights: Sequence[float],
-        sizes: Sequence[np.ndarray | None],
+        sizes: Sequence[np.ndarray],
         seed: int,
     ):
         self.keys, self.sizes, self.seed = tuple(keys), tuple(sizes), seed
@@ -296,8 +295,6 @@ class Schedule:
 
     def _sample(self, source: int, number: int) -> int:
         sizes = self.sizes[source]
-        if sizes is None:
-            return number
         turn, place = divmod(number, len(sizes))
         if (source, turn) not in self._orders:
             if len(self._orders) > 4 * len(self.keys) + 64:

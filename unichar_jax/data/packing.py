@@ -16,16 +16,13 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from unichar_jax.data.layout import Sizes
 from unichar_jax.data.mixture import Draw, Mixture, Schedule
-
-SizeOf = Callable[[Draw], Sizes]
-
 
 _SPREADS = (2.0, 0.2)
 """Pictures that take more of a row than this go to the emptiest row, smaller ones to the fullest that
@@ -160,13 +157,13 @@ class Planner:
 
     Args:
       schedule: order of draws.
-      size_of: tokens of a drawn sample.
+      sizes: int ``[n, 3]``, tokens of each source's samples.
       capacities: of a row.
       window: sequences per window.
     """
 
-    def __init__(self, schedule: Schedule, size_of: SizeOf, capacities: Sizes, window: int):
-        self.schedule, self.size_of = schedule, size_of
+    def __init__(self, schedule: Schedule, sizes: Sequence[np.ndarray], capacities: Sizes, window: int):
+        self.schedule, self.sizes = schedule, sizes
         self.capacities, self.window = capacities, window
         self._positions = {0: schedule.start}
         self._windows: dict[int, _Window] = {}
@@ -228,7 +225,7 @@ class Planner:
         volume = np.asarray(self.capacities) * self.window
         while True:
             draws = self.schedule.draws(position, self._guess)
-            sizes = np.array([self.size_of(draw) for draw in draws])
+            sizes = np.array([self.sizes[draw.source][draw.sample] for draw in draws])
             total = sizes.sum(axis=0)
             if (total > volume).any():
                 self._guess = int(self._guess * 1.2 * (volume / np.maximum(total, 1)).min()) + 8
@@ -298,6 +295,22 @@ def derive_capacities(
         if capacities.total <= high:
             best = max(best, Capacities(capacities, trial.fill(capacities)), key=lambda c: c.fill)
     return best
+
+
+def try_capacities(
+    mixture: Mixture, sizes: Sequence[np.ndarray], capacities: Sizes, seed: int, window: int
+) -> Capacities:
+    """Given capacities, and how full the mixture gets them."""
+    trial = _Trial(mixture, sizes, max(1, capacities.total), seed, window)
+    return Capacities(capacities, trial.fill(capacities))
+
+
+def too_large(sizes: Sizes, capacities: Sizes) -> str | None:
+    """Why no row can hold a sample, or None."""
+    for name, need, room in zip(Sizes._fields, sizes, capacities, strict=True):
+        if need > room:
+            return f"it has {need} {name} tokens, a row {room}"
+    return None
 
 
 def follow_budgets(

@@ -88,7 +88,7 @@ def load_tokenizer(folder: str | Path, model: ModelConfig | None = None) -> Toke
         )
     try:
         backend = _qwen2().from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # noqa: BLE001 - the readers of these files raise anything
+    except Exception as error:  # the readers of these files raise anything
         raise UserError(
             f"{folder}: its tokenizer cannot be read ({error}). Copy the tokenizer's files again from"
             " the model's download."

@@ -1,0 +1,486 @@
+"""Training batches: from characters and a ``DataConfig`` to packed numpy batches, step by step.
+
+``make_loader`` reads the characters, tokenises every text, weighs the mixture, chooses capacities,
+encodes the pictures that are to be drawn, and returns a ``Loader``: an endless iterator of this
+process's rows of each global batch. Row r of step n is packed sequence ``n * global_batch + r`` of one
+plan, and everything random in it is keyed by (seed, sequence), so batches depend neither on hosts nor
+on workers, and the position is one number. Workers are Grain's; they only read the cache and copy.
+
+The loader never samples the posterior or mixes noise (that is the step's, on the device), and leaves
+no sample out without naming it in ``describe``.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unichar_jax.config.data import DataConfig
+from unichar_jax.config.model import ModelConfig
+from unichar_jax.data import layout, packing
+from unichar_jax.data import tasks as tasks_lib
+from unichar_jax.data.cache import ImageCache, MomentsFn, Picture, identify
+from unichar_jax.data.images import T2I_TRANSFORM, VIT_TRANSFORM, ImageTransform, position_ids
+from unichar_jax.data.layout import Sizes
+from unichar_jax.data.mixture import (
+    Mixture,
+    Schedule,
+    SourceKey,
+    recipe_by_name,
+    recipe_from_weights,
+    resolve,
+)
+from unichar_jax.data.rolescape import find_characters, read_character, short_name
+from unichar_jax.data.tokenizer import Tokenizer
+from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.models.streams import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Transforms:
+    """How pictures become tokens of the image streams."""
+
+    look: ImageTransform
+    draw: ImageTransform
+
+    @classmethod
+    def of(cls, cfg: DataConfig, model: ModelConfig) -> Transforms:
+        """Sizes from the data configuration, strides and tables from the model.
+
+        Raises:
+          UserError: the pictures are larger than the model's position tables, or their sides are not
+            multiples of a token's.
+        """
+        patch, cell = model.vision.patch_size, model.pixels_per_latent
+        for what, stride, side in (
+            ("look", patch, model.vision.max_patches_per_side),
+            ("draw", cell, model.max_latent_size),
+        ):
+            for end in ("min", "max"):
+                value = getattr(cfg, f"{what}_{end}")
+                if value % stride:
+                    raise UserError(
+                        f"data.{what}_{end}: expected a multiple of {stride} (pixels of one token), got"
+                        f" {value}; {value // stride * stride or stride} is near."
+                    )
+            if getattr(cfg, f"{what}_max") > side * stride:
+                raise UserError(
+                    f"data.{what}_max: expected at most {side * stride} ({side} tokens of {stride} pixels,"
+                    f" the model's position table), got {getattr(cfg, f'{what}_max')}; lower it."
+                )
+        look, draw = (
+            dataclasses.replace(t, stride=s, min_size=low, max_size=high, square=cfg.square)
+            for t, s, low, high in (
+                (VIT_TRANSFORM, patch, cfg.look_min, cfg.look_max),
+                (T2I_TRANSFORM, cell, cfg.draw_min, cfg.draw_max),
+            )
+        )
+        return cls(look, draw)
+
+
+# -- samples -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadyPart:
+    """A part with its text tokenised; its picture is still a file."""
+
+    loss: bool
+    droppable: bool
+    ids: np.ndarray | None = None
+    picture: Picture | None = None
+    look: bool = False
+    img_num: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """A sample whose sizes are known."""
+
+    key: str
+    sizes: Sizes
+    parts: tuple[_ReadyPart, ...]
+
+
+def _ready(samples: Sequence[tasks_lib.Sample], tokenizer: Tokenizer, transforms: Transforms) -> list[_Ready]:
+    texts = [p.text for s in samples for p in s.parts if p.kind == "text"]
+    ids = iter(tokenizer.encode_batch(texts))
+    ready = []
+    for sample in samples:
+        img_num = sum(part.kind != "text" for part in sample.parts)
+        total = Sizes(0, 0, 0)
+        parts = []
+        for part in sample.parts:
+            if part.kind == "text":
+                made = _ReadyPart(part.loss, part.droppable, np.array(next(ids), np.int32))
+                total = total.plus(Sizes(2 + len(made.ids), 0, 0))
+            else:
+                look = part.kind == "vit_image"
+                transform = transforms.look if look else transforms.draw
+                made = _ReadyPart(
+                    part.loss,
+                    part.droppable,
+                    picture=part.image,
+                    look=look,
+                    img_num=img_num,
+                )
+                count = transform.tokens(part.image.width, part.image.height, img_num)
+                total = total.plus(Sizes(2, count, 0) if look else Sizes(2, 0, count))
+            parts.append(made)
+        ready.append(_Ready(sample.key, total, tuple(parts)))
+    return ready
+
+
+def read_samples(cfg: DataConfig) -> list[tasks_lib.Sample]:
+    """The training samples of the configured characters, for the tasks of the recipe.
+
+    Raises:
+      UserError: a character is not there, or its folder has errors.
+    """
+    folders = find_characters(Path(cfg.path), "train")
+    if cfg.characters:
+        known = {n: f for f in folders for n in (short_name(f), f.name)}
+        for name in cfg.characters:
+            if name not in known:
+                raise UserError(
+                    f"data.characters: '{name}' is not in {cfg.path}{did_you_mean(name, known)}; expected"
+                    f" some of {', '.join(sorted(f.name for f in folders))}."
+                )
+        folders = tuple(dict.fromkeys(known[name] for name in cfg.characters))
+    wanted = [task for group in _recipe(cfg).groups for task in group.tasks]
+    characters = [read_character(folder) for folder in folders]
+    return [s for c in characters for task in wanted for s in tasks_lib.samples(c, task)]
+
+
+def _recipe(cfg: DataConfig):
+    return recipe_from_weights(cfg.tasks) if cfg.tasks else recipe_by_name(cfg.recipe)
+
+
+# -- rows ----------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """A Grain source: element i is this process's part of the batch that starts at ``first + i * stride``.
+
+    Holds all that a worker needs; picklable.
+    """
+
+    def __init__(
+        self,
+        cfg: DataConfig,
+        model: ModelConfig,
+        transforms: Transforms,
+        cache: ImageCache,
+        sources: Sequence[Sequence[_Ready]],
+        task_of: Sequence[int],
+        planner: packing.Planner,
+    ):
+        self.cfg, self.model, self.transforms, self.cache = cfg, model, transforms, cache
+        self.sources, self.task_of, self.planner = sources, task_of, planner
+        self.first, self.stride, self.rows = 0, 1, range(1)
+
+    def __len__(self) -> int:
+        return 2**40  # endless for every purpose
+
+    def __getitem__(self, index: int) -> Batch:
+        start = self.first + int(index) * self.stride
+        rows = [self.row(start + r) for r in self.rows]
+        return layout.collate(rows, self.planner.capacities, self.model)
+
+    def row(self, sequence: int) -> list[layout.Tokens]:
+        """The samples of one packed sequence, laid out."""
+        rng = np.random.default_rng([self.cfg.seed, 4, sequence])
+        return [
+            layout.lay_out(
+                [self._part(part, rng) for part in self.sources[draw.source][draw.sample].parts],
+                self.model,
+                task=self.task_of[draw.source],
+                reweight_text=self.cfg.reweight_text,
+            )
+            for draw in self.planner.sequence(sequence)
+        ]
+
+    def _part(self, part: _ReadyPart, rng: np.random.Generator) -> layout.Part:
+        # each part takes its numbers whether it needs them or not, so that no setting shifts the rest
+        chance, noise = rng.random(), rng.normal()
+        dropped = part.droppable and chance < self.cfg.text_dropout
+        if part.picture is None:
+            return layout.TextPart(part.ids, part.loss, part.droppable, dropped)
+        transform = self.transforms.look if part.look else self.transforms.draw
+        width, height = transform.size(part.picture.width, part.picture.height, part.img_num)
+        cells = (height // transform.stride, width // transform.stride)
+        if part.look:
+            patches = self.cache.patches(part.picture, transform, part.img_num)
+            grid = position_ids(*cells, self.model.vision.max_patches_per_side)
+            return layout.VitPart(patches, grid, part.droppable, dropped)
+        mean, logvar = self.cache.moments(part.picture, transform, part.img_num)
+        grid = position_ids(*cells, self.model.max_latent_size)
+        timestep = self.cfg.timestep_mean + self.cfg.timestep_std * noise
+        return layout.LatentPart(mean, logvar, grid, part.loss, timestep, part.droppable, dropped)
+
+
+class Loader:
+    """An endless iterator of this process's rows of each global batch; made by ``make_loader``.
+
+    Attributes:
+      capacities: tokens of a row in each stream.
+      tasks: names of the tasks that ``task`` in a batch counts.
+      mixture: weights of the sources.
+      left_out: samples that no row can hold, by key, with the reason.
+    """
+
+    def __init__(
+        self,
+        rows: _Rows,
+        tasks: tuple[str, ...],
+        mixture: Mixture,
+        left_out: Mapping[str, str],
+        fill: float,
+        global_batch: int,
+        process_index: int,
+        process_count: int,
+    ):
+        if global_batch % process_count:
+            raise UserError(
+                f"global batch {global_batch}: expected a multiple of the {process_count} processes;"
+                " change data.rows_per_device or the number of hosts."
+            )
+        local = global_batch // process_count
+        rows.rows = range(process_index * local, (process_index + 1) * local)
+        rows.stride = global_batch
+        self.tasks, self.mixture, self.left_out = tasks, mixture, left_out
+        self.capacities = rows.planner.capacities
+        self._rows, self._fill, self._sequence = rows, fill, 0
+        self._iterator: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._sequence += self._rows.stride
+        return batch
+
+    def _start(self) -> Iterator[Batch]:
+        import grain
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain's workers ask for flags; this is no absl program
+            flags.FLAGS.mark_as_parsed()
+        self._rows.first = self._sequence
+        workers = self._rows.cfg.workers
+        data = grain.MapDataset.source(self._rows).to_iter_dataset(
+            grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=2)
+        )
+        if workers:
+            data = data.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+            )
+        return iter(data)
+
+    def state(self) -> dict[str, Any]:
+        """The position after the batches taken so far, as JSON; the same in every process."""
+        return {
+            "sequence": self._sequence,
+            "plan": self._rows.planner.cursor(self._sequence),
+            "data": self._fingerprint(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues from ``state``, whatever the numbers of hosts and workers were.
+
+        Raises:
+          UserError: the data, the mixture or the capacities are not those of ``state``.
+        """
+        if state["data"] != self._fingerprint():
+            raise UserError(
+                "the training data changed since the checkpoint was written (samples, mixture, seed or"
+                " capacities), so it cannot be continued exactly. Undo the change, or start a new run"
+                " from the checkpoint's weights."
+            )
+        self.close()
+        self._sequence = int(state["sequence"])
+        self._rows.planner.seek(state["plan"])
+
+    def close(self) -> None:
+        """Ends the workers; the next batch starts them again."""
+        self._iterator = None
+
+    def _fingerprint(self) -> str:
+        """Changes with anything that changes the order of samples."""
+        told = [self._rows.cfg.seed, self._rows.cfg.window, self.capacities, self.mixture.weights]
+        keys = [ready.key + str(ready.sizes) for source in self._rows.sources for ready in source]
+        return hashlib.sha256(repr((told, keys)).encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """What is trained on, for the log."""
+        counts: collections.Counter[str] = collections.Counter()
+        for key, source in zip(self.mixture.keys, self._rows.sources, strict=True):
+            counts[key.task] += len(source)
+        characters = dict.fromkeys(key.character for key in self.mixture.keys)
+        weights = self.mixture.task_weights()
+        lines = [f"data: {len(characters)} characters ({', '.join(characters)})"]
+        lines += [
+            f"  {task}: {counts[task]} samples, {100 * weight:.1f} % of what is seen"
+            for task, weight in sorted(weights.items(), key=lambda item: -item[1])
+        ]
+        text, vit, latent = self.capacities
+        lines.append(
+            f"  rows of {self.capacities.total} tokens (text {text}, vit {vit}, latent {latent}),"
+            f" about {100 * self._fill:.0f} % full"
+        )
+        lines += [f"  note: {note}" for note in self.mixture.notes]
+        if self.left_out:
+            lines.append(f"  left out, {len(self.left_out)} samples larger than a row:")
+            lines += [f"    {key}: {why}" for key, why in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def make_loader(
+    cfg: DataConfig,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    moments: MomentsFn,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    global_batch: int = 1,
+    samples: Sequence[tasks_lib.Sample] | None = None,
+) -> Loader:
+    """Prepares the data of an experiment.
+
+    Args:
+      cfg: what to load.
+      model: sizes and special tokens.
+      tokenizer: the model's.
+      moments: the autoencoder's encoder, as in ``data.cache``.
+      process_index, process_count: of this host's process.
+      global_batch: rows of a step over all processes.
+      samples: train on these instead of the characters in ``cfg.path``.
+
+    Raises:
+      UserError: a mistake in the configuration or the data.
+    """
+    transforms = Transforms.of(cfg, model)
+    found = read_samples(cfg) if samples is None else samples
+    fixed = None if cfg.capacities is None else Sizes(*cfg.capacities)
+    sources: dict[SourceKey, list[_Ready]] = {}
+    left_out: dict[str, str] = {}
+    for sample, ready in zip(found, _ready(found, tokenizer, transforms), strict=True):
+        why = None if fixed is None else packing.too_large(ready.sizes, fixed)
+        if why:
+            left_out[ready.key] = why
+        else:
+            sources.setdefault(SourceKey(sample.task, sample.character), []).append(ready)
+    if left_out and not sources:
+        raise UserError(
+            f"data.capacities {tuple(fixed or ())}: no sample fits, {next(iter(left_out.items()))} for one;"
+            " raise the capacities or lower the sizes of pictures."
+        )
+    sizes = {key: np.array([r.sizes for r in ready]) for key, ready in sources.items()}
+    mixture = resolve(
+        _recipe(cfg),
+        {key: len(s) for key, s in sizes.items()},
+        {key: float(s.sum(axis=1).mean()) for key, s in sizes.items()},
+        cfg.character_weights,
+    )
+    ordered = [sizes[key] for key in mixture.keys]
+    budget = cfg.tokens_per_row if fixed is None else fixed.total
+    if _recipe(cfg).unit == "tokens":
+        mixture = packing.follow_budgets(mixture, ordered, budget, cfg.seed, cfg.window, fixed)
+    if fixed is None:
+        chosen = packing.derive_capacities(mixture, ordered, budget, cfg.seed, cfg.window)
+    else:
+        chosen = packing.try_capacities(mixture, ordered, fixed, cfg.seed, cfg.window)
+    schedule = Schedule(mixture.keys, mixture.weights, [s.sum(axis=1) for s in ordered], cfg.seed)
+    used = [sources[key] for key in mixture.keys]
+    planner = packing.Planner(schedule, ordered, chosen.sizes, cfg.window)
+
+    folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else None
+    to_draw = [
+        (part.picture, transforms.draw, part.img_num)
+        for source in used
+        for ready in source
+        for part in ready.parts
+        if part.picture is not None and not part.look
+    ]
+    identity = identify(moments, 4 * model.pixels_per_latent) if to_draw else ""
+    cache = ImageCache(folder, moments, identity)
+    cache.warm(to_draw)
+
+    tasks = tuple(dict.fromkeys(key.task for key in mixture.keys))
+    task_of = [tasks.index(key.task) for key in mixture.keys]
+    rows = _Rows(cfg, model, transforms, cache, used, task_of, planner)
+    return Loader(rows, tasks, mixture, left_out, chosen.fill, global_batch, process_index, process_count)
+
+
+class Prefetch:
+    """A loader whose next batches are put onto the devices while the present one is trained on.
+
+    Args:
+      loader: anything with ``__next__``, ``state`` and ``restore``.
+      put: host batch to device batch, such as ``functools.partial(put_batch, mesh=mesh)``.
+      depth: how many batches are kept ready.
+    """
+
+    def __init__(self, loader: Loader, put: Callable[[Batch], Any], depth: int = 1):
+        self._loader, self._put, self._depth = loader, put, depth
+        self._state = loader.state()
+        self._stop: threading.Event | None = None
+        self._ready: queue.Queue[Any] = queue.Queue()
+
+    def __iter__(self) -> Prefetch:
+        return self
+
+    def __next__(self) -> Any:
+        if self._stop is None:
+            self._begin()
+        batch, state = self._ready.get()
+        if state is None:  # the loader failed; its error belongs here
+            self._stop = None
+            raise batch
+        self._state = state
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """The position after the batches handed out, not after those kept ready."""
+        return self._state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.close()
+        self._loader.restore(state)
+        self._state = state
+
+    def close(self) -> None:
+        """Stops preparing batches."""
+        if self._stop is not None:
+            self._stop.set()
+            while self._thread.is_alive():
+                with contextlib.suppress(queue.Empty):
+                    self._ready.get(timeout=0.05)
+            self._loader.restore(self._state)
+            self._stop = None
+
+    def _begin(self) -> None:
+        self._stop, self._ready = threading.Event(), queue.Queue(self._depth)
+        self._thread = threading.Thread(target=self._work, args=(self._stop, self._ready), daemon=True)
+        self._thread.start()
+
+    def _work(self, stop: threading.Event, ready: queue.Queue[Any]) -> None:
+        try:
+            while not stop.is_set():
+                batch = self._put(next(self._loader))
+                ready.put((batch, self._loader.state()))
+        except BaseException as error:  # handed to the consumer
+            ready.put((error, None))
