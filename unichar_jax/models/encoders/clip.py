@@ -17,7 +17,7 @@ from flax import nnx
 
 from unichar_jax.models import params
 from unichar_jax.models.encoders import transformer
-from unichar_jax.models.encoders.transformer import PatchEmbedding, TransformerConfig
+from unichar_jax.models.encoders.transformer import PatchEmbedding, TransformerConfig, unit
 from unichar_jax.models.layers import Dense, Embedding, LayerNorm
 
 
@@ -123,8 +123,3 @@ class Clip(nnx.Module):
     def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
         """CLIP's own logits ``[images, texts]`` of unit vectors: cosines times the learned scale."""
         return jnp.exp(self.logit_scale[...]) * images @ texts.T
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1 along the last axis."""
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -108,3 +108,9 @@ def prepend(token: jax.Array, x: jax.Array) -> jax.Array:
     """``[B, L, H]`` with one learned token before the others."""
     first = jnp.broadcast_to(token.reshape(1, 1, -1).astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
     return jnp.concatenate([first, x], axis=1)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Vectors of length 1 along the last axis, float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
