@@ -165,24 +165,23 @@ def plan(
 def _plan_import(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None) -> Plan:
     folder = src if src.is_dir() else src.parent
     homes = _homes(folder, base)
+    files = weights_lib.model_files(src) if src.is_dir() else [src]
+    tensors = TorchTensors(files)
+    merge = _is_language_model(tensors)
+    if merge and base is None:
+        raise UserError(
+            f"{src}: holds the language model alone. Give the model it was trained from:"
+            f" unichar convert {src} {dst} --base BAGEL_DIRECTORY"
+        )
     config_home = _config_home(homes)
     cfg = ModelConfig.from_bagel(config_home)
-    files = weights_lib.model_files(src) if src.is_dir() else [src]
-    tensors, entries = TorchTensors(files), table.model_table(cfg)
-    problems: dict[str, Problems] = {}
-    flavour = "full model"
-    if _is_language_model(tensors):
-        flavour = "language model merged over the base"
-        if base is None:
-            raise UserError(
-                f"{src}: holds the language model alone. Give the model it was trained from:"
-                f" unichar convert {src} {dst} --base BAGEL_DIRECTORY"
-            )
+    entries = table.model_table(cfg)
+    if merge:
         tensors = TorchTensors(files, prefix=table.LM_PREFIX)
         entries = tuple(e for e in entries if e.torch.startswith(table.LM_PREFIX))
     source: Weights = TorchWeights(tensors, entries)
-    problems[str(src)] = weights_lib.check_torch(cfg, tensors, entries)
-    if flavour != "full model" and base is not None:
+    problems = {str(src): weights_lib.check_torch(cfg, tensors, entries)}
+    if merge and base is not None:
         rest, problems[str(base)] = weights_lib.examine(base, cfg, MODEL)
         source = MergedWeights(source, rest)
     home = _autoencoder_home(src, homes)
@@ -194,7 +193,7 @@ def _plan_import(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
         src,
         dst,
         to_orbax=True,
-        flavour=flavour,
+        flavour="language model merged over the base" if merge else "full model",
         cfg=cfg,
         parts=(
             Part(MODEL, names, table.model_table(cfg), source, dtype),
@@ -337,7 +336,7 @@ def execute(
 def _write_orbax(made: Plan, folder: Path, on_bytes: OnBytes | None) -> None:
     for part in made.parts:
         arrays = part.weights.read(part.names)
-        group = max(writing.GROUP_BYTES, part.largest_bytes)
+        group = max(weights_lib.GROUP_BYTES, part.largest_bytes)
         writing.write_item(folder / part.name, arrays, part.dtype, on_bytes, group)
     writing.write_format(
         folder,

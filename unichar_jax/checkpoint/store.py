@@ -10,6 +10,7 @@ that do not fit in memory is ``convert.py``'s.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 
 from unichar_jax.checkpoint import table, writing
 from unichar_jax.checkpoint import weights as weights_lib
-from unichar_jax.checkpoint.arrays import materialize
+from unichar_jax.checkpoint.arrays import copy_into, materialize
 from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.checkpoint.weights import (
     AE_FILE,
@@ -81,7 +82,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if (folder / "tokenizer.json").is_file():
         kind: Any = transformers.PreTrainedTokenizerFast
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        kind = transformers.Qwen2TokenizerFast
+        kind = transformers.Qwen2Tokenizer
     else:
         raise UserError(
             f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt. Copy them from"
@@ -106,6 +107,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             + "\n  ".join(wrong)
             + "\nCopy the tokenizer files of the model's own download."
         )
+    tokenizer.add_tokens(list(expected), special_tokens=True)  # a bare vocabulary does not mark them
     return tokenizer
 
 
@@ -180,14 +182,14 @@ def _array_from_views(
     names = _stored_names(name, spec)
     dtype = np.dtype(dtype or weights.infos[names[0]].dtype)
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: Any) -> np.ndarray:
+        # Always a copy: an array that aliased the file would change when the file does.
+        out = np.empty(np.broadcast_to(np.int8(0), spec.shape)[index].shape, dtype)
         if not _is_stacked(spec.dims):
-            return np.ascontiguousarray(weights.view(name)[index], dtype)
-        layers, rest = names[index[0]], index[1:]
-        shape = np.broadcast_to(np.int8(0), spec.shape)[index].shape
-        out = np.empty(shape, dtype)
-        for i, layer in enumerate(layers):
-            out[i] = weights.view(layer)[rest]
+            copy_into(out, weights.view(name)[index])
+            return out
+        for target, layer in zip(out, names[index[0]], strict=True):
+            copy_into(target, weights.view(layer)[index[1:]])
         return out
 
     if mesh is None:
@@ -228,7 +230,7 @@ def _one_layer(spec: params.ArraySpec) -> params.ArraySpec:
 
 def _target(spec: params.ArraySpec, dtype: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     if mesh is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     else:
         sharding = mesh_lib.sharding_for(spec.dims, spec.shape, mesh)
     return jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype), sharding=sharding)
@@ -323,11 +325,15 @@ def write_bagel(
             tensors = dict(sorted(tensors.items()))
             specs = {n: ArrayInfo(x.shape, x.dtype, part) for n, x in tensors.items()}
             if part == MODEL:
-                writing.write_torch(folder, specs, lambda names, t=tensors: ((n, t[n]) for n in names))
+                writing.write_torch(folder, specs, functools.partial(_items, tensors))
             else:
                 shapes = {n: (i.shape, i.dtype) for n, i in specs.items()}
                 write_file(folder / AE_FILE, shapes, tensors.items())
         writing.write_companions(folder, cfg, None, _path(tokenizer_files_from))
+
+
+def _items(tensors: Mapping[str, np.ndarray], names: Sequence[str]) -> list[tuple[str, np.ndarray]]:
+    return [(name, tensors[name]) for name in names]
 
 
 def _parts(

@@ -33,6 +33,7 @@ SINGLE_FILES = (
     "model.safetensors",
 )  # in order of preference, as BAGEL's loaders
 INDEX_FILE = "model.safetensors.index.json"
+GROUP_BYTES = 256 << 20  # arrays that are read or written by one Orbax call, unless one alone is larger
 FLOATS = tuple(np.dtype(d) for d in (np.float32, ml_dtypes.bfloat16, np.float16))
 
 
@@ -184,7 +185,11 @@ class TorchWeights:
         self._tensors = tensors
         self._entries = {e.ours: e for e in entries}
         infos = tensors.infos
-        self.infos = {e.ours: ArrayInfo(e.shape, infos[e.torch].dtype, infos[e.torch].where) for e in entries}
+        self.infos = {
+            e.ours: ArrayInfo(e.shape, infos[e.torch].dtype, infos[e.torch].where)
+            for e in entries
+            if e.torch in infos  # what is missing is the accounting's to report
+        }
 
     def view(self, name: str) -> np.ndarray:
         entry = self._entries[name]
@@ -298,11 +303,10 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 class OrbaxWeights:
-    """``Weights`` over an Orbax item, read in groups of at most ``group_bytes`` or of one array."""
+    """``Weights`` over an Orbax item, read in groups of at most ``GROUP_BYTES`` or of one array."""
 
-    def __init__(self, item: OrbaxItem, group_bytes: int = 256 << 20):
+    def __init__(self, item: OrbaxItem):
         self.item, self.infos = item, item.infos()
-        self._group_bytes = group_bytes
 
     def load(self, targets: Mapping[str, Any]) -> dict[str, Any]:
         return self.item.load(targets, self.infos)
@@ -319,7 +323,7 @@ class OrbaxWeights:
         size = 0
         for name in names:
             nbytes = array_bytes(self.infos[name])
-            if group and size + nbytes > self._group_bytes:
+            if group and size + nbytes > GROUP_BYTES:
                 yield group
                 group, size = [], 0
             group.append(name)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from unichar_jax import __version__
+from unichar_jax.checkpoint import weights
 from unichar_jax.checkpoint.arrays import materialize
 from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.checkpoint.weights import INDEX_FILE, SINGLE_FILES, ArrayInfo, array_bytes
@@ -41,7 +42,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _CHUNK_BYTES = 32 << 20  # a host that needs a slice of an array reads no more than the chunks it touches
-GROUP_BYTES = 256 << 20
 
 OnBytes = Callable[[int], None]
 
@@ -94,12 +94,12 @@ def write_item(
     arrays: Iterable[tuple[str, np.ndarray]],
     dtype: Any = None,
     on_bytes: OnBytes | None = None,
-    group_bytes: int = GROUP_BYTES,
+    group_bytes: int | None = None,
 ) -> None:
     """Writes ``(name, array)`` pairs as one Orbax checkpoint, holding at most twice one group in memory.
 
     Orbax keeps a copy of all that a save call is given until the call ends, so each group, of at most
-    ``group_bytes`` or one array, is a partial save of its own.
+    ``group_bytes`` (by default ``weights.GROUP_BYTES``) or one array, is a partial save of its own.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -108,7 +108,7 @@ def write_item(
     context.array.saving.use_compression = False  # bfloat16 weights hardly compress
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with context:
-        for group in _groups(arrays, dtype, group_bytes):
+        for group in _groups(arrays, dtype, group_bytes or weights.GROUP_BYTES):
             ocp.partial.save(folder, group)
             if on_bytes is not None:
                 on_bytes(sum(x.nbytes for x in group.values()))
