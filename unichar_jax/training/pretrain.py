@@ -1,6 +1,6 @@
 """Makes the mini base: the unified model pretrained on unnamed characters of the mini world.
 
-    python -m unichar_jax.training.pretrain --steps 3000
+    python -m unichar_jax.training.pretrain
 
 The same model, objective, step, loop and checkpoints as Unified-SFT; only the data differs
 (``data/miniworld/corpus.py``). Needs the mini autoencoder (``training/autoencoder.py``) in ``--out``. Stops and resumes
@@ -57,7 +57,10 @@ class Pretraining:
     corpus: Path = Path("cache/corpus")
     """Folder of the tokenised corpus."""
     records: int = 20_000
-    steps: int = 3_000
+    picture_steps: int = 700
+    """Steps of the first stage, drawing and recognising."""
+    steps: int = 1_100
+    """Steps in all."""
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
     ema_decay: float = 0.998
@@ -174,10 +177,11 @@ def train(cfg: Pretraining) -> None:
         logs.mkdir(exist_ok=True)
         shutil.copy(cfg.work / "metrics.jsonl", logs / "pretraining.jsonl")
 
+    stages = ((0, corpus.PICTURES), (cfg.picture_steps, corpus.EVERYTHING))
     loop = Loop(
         jax.jit(step, donate_argnums=0),
         layout,
-        _DeviceData(corpus.PretrainingData(cfg.corpus, model_cfg, cfg.seed)),
+        _DeviceData(corpus.PretrainingData(cfg.corpus, model_cfg, stages, cfg.seed)),
         CheckpointManager(cfg.work, declared, keep=1),
         log,
         steps=sft.steps,

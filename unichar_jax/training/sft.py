@@ -10,6 +10,7 @@ Source: UniCharacter (arXiv 2605.08129), Unified-SFT; BAGEL (arXiv 2505.14683) f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -23,12 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unichar_jax.checkpoint import store, writing
+from unichar_jax.checkpoint import store, table, writing
 from unichar_jax.checkpoint.manager import CheckpointManager
+from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.config import presets
 from unichar_jax.config.model import MODEL_PRESETS, ModelConfig, model_preset
 from unichar_jax.config.train import SFTConfig
-from unichar_jax.data.loader import make_loader
+from unichar_jax.data.loader import Prefetch, make_loader
 from unichar_jax.data.tokenizer import Tokenizer, load_tokenizer, write_debug_tokenizer
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
@@ -51,24 +53,6 @@ class Base:
     autoencoder: Autoencoder
     tokenizer: Tokenizer
     origin: str
-
-
-class DeviceBatches:
-    """The loader's host batches, put on the mesh; its position is the loader's."""
-
-    def __init__(self, loader: Any, mesh: Mesh):
-        self._loader, self._mesh = loader, mesh
-        self._iterator = iter(loader)
-
-    def __next__(self) -> Any:
-        return mesh_lib.put_batch(next(self._iterator), self._mesh)
-
-    def state(self) -> dict[str, Any]:
-        return self._loader.state()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._loader.restore(state)
-        self._iterator = iter(self._loader)
 
 
 def load_base(cfg: SFTConfig, run_dir: Path, mesh: Mesh) -> Base:
@@ -127,7 +111,9 @@ def _furnish(run_dir: Path, source: Path | None, cfg: SFTConfig) -> None:
         write_debug_tokenizer(run_dir)
     if not (run_dir / "ae.safetensors").exists() and not (run_dir / "autoencoder").exists():
         random = params.initialize(Autoencoder(model_cfg.autoencoder), cfg.seed)
-        store.write_autoencoder(run_dir / "ae.safetensors", random, model_cfg)
+        tensors = table.module_to_torch(random, table.autoencoder_table(model_cfg.autoencoder))
+        shapes = {name: (x.shape, x.dtype) for name, x in tensors.items()}
+        write_file(run_dir / "ae.safetensors", shapes, tensors.items())
     # The configs come last: their presence says that the rest is there.
     for name, content in model_cfg.to_bagel().items():
         (run_dir / name).write_text(json.dumps(content, indent=1) + "\n")
@@ -188,7 +174,7 @@ def train(
         loop = Loop(
             jax.jit(step, donate_argnums=0),
             layout,
-            DeviceBatches(loader, mesh),
+            Prefetch(loader, functools.partial(mesh_lib.put_batch, mesh=mesh)),
             CheckpointManager(run_dir, declared, keep=cfg.save.keep, mesh=mesh),
             MetricsLog(
                 run_dir / "metrics.jsonl",

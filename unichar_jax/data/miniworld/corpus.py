@@ -12,7 +12,7 @@ the description in the prompt, so the base learns to read and never to memorise.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,24 +39,48 @@ TASKS = (
     "mcq",
     "knowledge",
 )
+DRAWN = ("caption", "partial_caption", "t2i", "t2i_with_thinking")
 CAPTION_DROPOUT = 0.1
 
-# Samples of each task in a batch of 8 rows, and noised copies of a drawn picture.
-MIXTURE = dict(
-    caption=12,
-    partial_caption=3,
-    t2i=5,
-    t2i_with_thinking=1,
-    dialogue=5,
-    thinking=1,
-    vqa=12,
-    mcq=2,
-    knowledge=4,
-)
-COPIES = dict(caption=2, partial_caption=2, t2i=3, t2i_with_thinking=3)
 QUESTIONS_PER_PICTURE = 3
-CAPACITIES = layout.Sizes(text=400, vit=50, latent=252)
-ROWS = 8
+COPIES = 2
+"""Noised copies of a drawn picture behind one caption."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a batch is made of: samples of each task, rows, and their capacities.
+
+    Rows are short, because the scores of a row cost its length squared; a sample that does not fit is left out.
+    """
+
+    mixture: dict[str, int]
+    rows: int
+    capacities: layout.Sizes
+
+
+PICTURES = Stage(
+    dict(caption=28, partial_caption=4, vqa=14, mcq=2),
+    rows=16,
+    capacities=layout.Sizes(text=112, vit=25, latent=144),
+)
+"""First: drawing and recognising, which take longest to learn."""
+
+EVERYTHING = Stage(
+    dict(
+        caption=10,
+        partial_caption=2,
+        t2i=3,
+        t2i_with_thinking=1,
+        dialogue=6,
+        vqa=13,
+        mcq=3,
+        knowledge=5,
+    ),
+    rows=16,
+    capacities=layout.Sizes(text=208, vit=25, latent=72),
+)
+"""Then: all tasks but plans in words, whose prompts are longer than a row and which customisation teaches."""
 
 
 def texts_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -150,11 +174,13 @@ class PretrainingData:
     Attributes:
       folder: of ``build`` and ``add_moments``.
       model: sizes and special tokens.
+      stages: ``(first step, stage)``, in order.
       seed: of the mixture.
     """
 
     folder: Path
     model: ModelConfig
+    stages: Sequence[tuple[int, Stage]] = ((0, EVERYTHING),)
     seed: int = 0
     position: int = 0
 
@@ -186,31 +212,32 @@ class PretrainingData:
     def batch(self, n: int) -> Batch:
         """Batch n; samples are placed largest first, and the few that find no room are left out."""
         rng = np.random.default_rng((self.seed, n))
-        samples = [self._sample(task, rng) for task, k in MIXTURE.items() for _ in range(k)]
+        stage = [stage for first, stage in self.stages if first <= n][-1]
+        samples = [self._sample(task, rng) for task, k in stage.mixture.items() for _ in range(k)]
         order = sorted(range(len(samples)), key=lambda i: -layout.sizes(samples[i]).total)
-        rows: list[list[layout.Tokens]] = [[] for _ in range(ROWS)]
-        room = [CAPACITIES] * ROWS
+        rows: list[list[layout.Tokens]] = [[] for _ in range(stage.rows)]
+        room = [stage.capacities] * stage.rows
         for i in order:
             size = layout.sizes(samples[i])
-            fitting = [r for r in range(ROWS) if size.fits(room[r])]
+            fitting = [r for r in range(stage.rows) if size.fits(room[r])]
             if fitting:
                 r = max(fitting, key=lambda r: room[r].total)
                 rows[r].append(samples[i])
                 room[r] = layout.Sizes(*(a - b for a, b in zip(room[r], size, strict=True)))
-        return layout.collate(rows, CAPACITIES, self.model)
+        return layout.collate(rows, stage.capacities, self.model)
 
     def _sample(self, task: str, rng: np.random.Generator) -> layout.Tokens:
         index = int(rng.choice(self._by_task[task]))
         items = self._records[index][task]
         parts: list[layout.Part] = []
-        if task in COPIES:
+        if task in DRAWN:
             text = items[int(rng.integers(len(items)))]
             dropped = bool(rng.random() < CAPTION_DROPOUT)
             parts.append(layout.TextPart(text, droppable=True, dropped=dropped))
             mean, logvar = self._moments[index].astype(np.float32)
             parts += [
                 layout.LatentPart(mean, logvar, self._latent_grid, timestep=float(rng.normal()))
-                for _ in range(COPIES[task])
+                for _ in range(COPIES)
             ]
         elif task in ("vqa", "mcq"):
             parts.append(self._look_at(index))
