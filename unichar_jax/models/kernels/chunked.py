@@ -42,7 +42,7 @@ class Chunked:
     def __init__(self, chunk: int = 512):
         self.chunk = chunk
 
-    def why_not(self) -> str | None:
+    def why_not(self, platform: str) -> str | None:
         return None
 
     def prepare(self, q: TokenMeta, k: TokenMeta) -> Chunks:

@@ -19,5 +19,5 @@ class Reference:
     def run(self, data: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return checkpoint_name(dense_attention(data, q, k, v), "attention_out")
 
-    def why_not(self) -> str | None:
+    def why_not(self, platform: str) -> str | None:
         return None

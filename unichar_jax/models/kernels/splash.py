@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from unichar_jax.models.kernels import layout as layout_lib
 from unichar_jax.models.kernels.layout import Code, Layout
-from unichar_jax.models.kernels.sharded import per_device, platform
+from unichar_jax.models.kernels.sharded import per_device
 from unichar_jax.models.streams import TokenMeta
 
 try:
@@ -54,9 +54,9 @@ class Splash:
     def __init__(self, interpret: bool = False):
         self.interpret = interpret
 
-    def why_not(self) -> str | None:
-        if not self.interpret and platform() != "tpu":
-            return f"it is a TPU kernel, and this is '{platform()}'"
+    def why_not(self, platform: str) -> str | None:
+        if not self.interpret and platform != "tpu":
+            return f"it is a TPU kernel, and this is '{platform}'"
         return _library_mismatch()
 
     def prepare(self, q: TokenMeta, k: TokenMeta) -> Layout:
