@@ -1,4 +1,5 @@
-"""Stage 2 against the reference numbers, through the trainer's own functions: drawing, loss, and every gradient."""
+"""Stage 2 against the reference numbers, through the trainer's own functions: drawing, loss, and every
+gradient."""
 
 from __future__ import annotations
 
@@ -66,9 +67,7 @@ def test_drawing_keeps_the_steps_of_the_reference() -> None:
     )
     golden.assert_close(final[0], data["grpo.final_latent"], TOLERANCE, "final latents")
     golden.assert_close(record.latents[0], data["grpo.latents"], TOLERANCE, "stored latents")
-    golden.assert_close(
-        record.log_probs[0], data["grpo.logprobs_rollout"], TOLERANCE, "log-probabilities"
-    )
+    golden.assert_close(record.log_probs[0], data["grpo.logprobs_rollout"], TOLERANCE, "log-probabilities")
     times = algorithm.settings.flow.times[np.asarray(record.steps[0])]
     golden.assert_close(times, data["grpo.timesteps"], 1e-6, "times")
 
@@ -77,9 +76,7 @@ def test_drawing_keeps_the_steps_of_the_reference() -> None:
 def test_the_update_has_the_loss_and_every_gradient_of_the_reference(micro_batch: int) -> None:
     data, case, algorithm = golden.tensors(), golden.read_json("grpo_case.json"), _algorithm()
     declared = UnifiedModel(golden.config(), golden.FLOAT32)
-    layout, state = state_lib.create(
-        golden.model(), declared, optax.sgd(1.0), trainable="gen_expert"
-    )
+    layout, state = state_lib.create(golden.model(), declared, optax.sgd(1.0), trainable="gen_expert")
     copies = 2  # the same picture twice: the mean is that of one, whatever the micro-batch
     record = Record(
         jnp.repeat(data["grpo.latents"][None], copies, axis=0),

@@ -1,8 +1,9 @@
 """Configuration of stage 2, Character-GRPO: rollouts, algorithm, rewards, evaluation.
 
-The dataclasses' defaults are this project's own recipe, with the reason beside each choice; ``configs/grpo-reference.toml`` is
-the recipe that UniCharacter shipped. A *round* is one rollout of ``prompts_per_round`` groups and the ``updates`` optimiser
-steps that learn from it; everything counted here is counted in rounds.
+The dataclasses' defaults are this project's own recipe, with the reason beside each choice;
+``configs/grpo-reference.toml`` is the recipe that UniCharacter shipped. A *round* is one rollout of
+``prompts_per_round`` groups and the ``updates`` optimiser steps that learn from it; everything counted here
+is counted in rounds.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ class RolloutConfig:
 
     Attributes:
       height, width: of the pictures, in pixels.
-      num_timesteps, shift: of the schedule; ``num_timesteps - 1`` model evaluations for each guidance branch.
-      text_scale: classifier-free guidance while drawing and learning; at most 1 is guidance-free: half the work, and
-        learning soon recovers what guidance gave (arXiv 2509.16117). A policy is then drawn with the same scale.
+      num_timesteps, shift: of the schedule; ``num_timesteps - 1`` model evaluations for each guidance
+        branch.
+      text_scale: classifier-free guidance while drawing and learning; at most 1 is guidance-free: half the
+        work, and learning soon recovers what guidance gave (arXiv 2509.16117). A policy is then drawn with
+        the same scale.
       guidance_interval: guidance acts while ``a < t <= b``.
       solver, noise_level: of the stochastic steps.
       window_size: stochastic (and learned) steps of a picture.
       window_range: the window lies within these steps.
-      window_starts: empty: one start is drawn for each batch of the rollout, the same for a whole group. Otherwise
-        member g of a group starts at ``window_starts[g mod length]``.
-      share_prefix: a group shares its initial noise, so the steps before its window are computed once for all of it;
-        members then differ by their stochastic steps alone.
+      window_starts: empty: one start is drawn for each batch of the rollout, the same for a whole group.
+        Otherwise member g of a group starts at ``window_starts[g mod length]``.
+      share_prefix: a group shares its initial noise, so the steps before its window are computed once for
+        all of it; members then differ by their stochastic steps alone.
       batch: pictures drawn at once; 0: all of a round.
     """
 
@@ -75,8 +78,8 @@ class FlowGRPOConfig:
     """Flow-GRPO (``training/grpo/flow_grpo.py``).
 
     Attributes:
-      clip_low, clip_high: the ratio is clipped to [1 - low, 1 + high]. Log-probabilities are means over a picture's
-        elements, so ratios stay very close to 1 and the range belongs to that mean.
+      clip_low, clip_high: the ratio is clipped to [1 - low, 1 + high]. Log-probabilities are means over a
+        picture's elements, so ratios stay very close to 1 and the range belongs to that mean.
       kl: weight of the divergence from the reference model; 0 needs none.
       ratio_norm: GRPO-Guard's normalised ratio; clip ranges then mean something else (about 1e-4 there).
     """
@@ -103,7 +106,8 @@ class NFTConfig:
       beta: how far the implicit positive and negative policies stand from the one that drew.
       kl: weight of the squared distance from the reference model's velocity; 0 needs no reference.
       times: noised copies of a picture in an update, each at a time of its own.
-      old_rate, old_max: the policy that draws follows the learner with decay ``min(old_rate * round, old_max)``.
+      old_rate, old_max: the policy that draws follows the learner with decay ``min(old_rate * round,
+        old_max)``.
     """
 
     beta: float = 1.0
@@ -113,12 +117,10 @@ class NFTConfig:
     old_max: float = 0.5
 
     def __post_init__(self) -> None:
-        require(0 < self.beta, f"nft.beta: expected a positive number, got {self.beta}.")
+        require(self.beta > 0, f"nft.beta: expected a positive number, got {self.beta}.")
         require(self.kl >= 0, f"nft.kl: expected at least 0, got {self.kl}.")
         require(self.times >= 1, f"nft.times: expected at least 1, got {self.times}.")
-        require(
-            0 <= self.old_max < 1, f"nft.old_max: expected a decay in [0, 1), got {self.old_max}."
-        )
+        require(0 <= self.old_max < 1, f"nft.old_max: expected a decay in [0, 1), got {self.old_max}.")
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,11 @@ class EvalConfig:
 
 
 def _own_reward() -> tuple[RewardTerm, ...]:
-    """Questions first: they are the only term that knows what the prompt asks for in detail. A plain identity similarity
-    is left to evaluation, because rewarding it without the dead band breeds copies of the training pictures."""
+    """Questions first: they are the only term that knows what the prompt asks for in detail. A plain identity
+    similarity
+        is left to evaluation, because rewarding it without the dead band breeds copies of the training
+        pictures.
+    """
     return (
         RewardTerm("visual_questions", 0.4),
         RewardTerm("text_image_match", 0.25),
@@ -175,6 +180,7 @@ class GRPOConfig:
       run_dir: where checkpoints, metrics, pictures and the resolved configuration go.
       prompts: a prompt file ``*_pure_t2i_with_vqa.jsonl``, or the folder that holds it.
       references: folder of the character's pictures; empty: the folder of ``prompts``.
+      encoders: folder of the scorers' encoders, or the name of one that ships under ``checkpoints/``.
       held_out: prompts that are never trained on and score the run.
       algorithm: "nft" or "flow_grpo"; the table of the same name has its settings.
       trainable: the generation expert ("gen_expert") or adapters on it ("lora").
@@ -194,6 +200,7 @@ class GRPOConfig:
     run_dir: str = "runs/grpo"
     prompts: str = ""
     references: str = ""
+    encoders: str = "mini"
     held_out: int = 6
     algorithm: Literal["flow_grpo", "nft"] = "nft"
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -202,13 +209,9 @@ class GRPOConfig:
     reward: tuple[RewardTerm, ...] = field(default_factory=_own_reward)
     reward_timeout: float = 600.0
     trainable: Literal["gen_expert", "lora"] = "lora"
-    lora: LoraConfig = field(
-        default_factory=lambda: LoraConfig(rank=32, alpha=64.0, experts=("gen",))
-    )
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=32, alpha=64.0, experts=("gen",)))
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=1e-4, beta2=0.999, eps=1e-8, weight_decay=1e-4
-        )
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-4, beta2=0.999, eps=1e-8, weight_decay=1e-4)
     )
     rounds: int = 100
     prompts_per_round: int = 16
@@ -235,9 +238,7 @@ class GRPOConfig:
             self.group >= 2,
             f"group: expected at least 2 pictures to compare, got {self.group}.",
         )
-        require(
-            self.held_out >= 0, f"held_out: expected at least 0 prompts, got {self.held_out}."
-        )
+        require(self.held_out >= 0, f"held_out: expected at least 0 prompts, got {self.held_out}.")
         require(
             self.prompts_per_round % self.updates == 0,
             f"prompts_per_round {self.prompts_per_round} is not a multiple of updates {self.updates}: every"
@@ -246,8 +247,8 @@ class GRPOConfig:
         lanes = len(self.rollout.window_starts) or 1
         require(
             self.group % lanes == 0,
-            f"group {self.group} is not a multiple of the {lanes} rollout.window_starts: every start serves as"
-            " many members; change one of the two.",
+            f"group {self.group} is not a multiple of the {lanes} rollout.window_starts: every start"
+            " serves as many members; change one of the two.",
         )
         lane = self.group // lanes
         prompts = self.prompts_per_batch
@@ -255,8 +256,8 @@ class GRPOConfig:
             prompts * lane == (self.rollout.batch or prompts * lane)
             and prompts > 0
             and self.prompts_per_round % prompts == 0,
-            f"rollout.batch {self.rollout.batch}: expected a multiple of {lane} pictures (a prompt's share of a"
-            f" batch) that makes a divisor of the round's {self.prompts_per_round} prompts, or 0.",
+            f"rollout.batch {self.rollout.batch}: expected a multiple of {lane} pictures (a prompt's share"
+            f" of a batch) that makes a divisor of the round's {self.prompts_per_round} prompts, or 0.",
         )
         share = self.pictures // self.updates
         require(
@@ -270,8 +271,8 @@ class GRPOConfig:
         )
         require(
             self.lora.experts == ("gen",) or self.trainable != "lora",
-            f"lora.experts {self.lora.experts}: only the generation expert learns here, so that prompts are read"
-            " once for the whole run; give ['gen'].",
+            f"lora.experts {self.lora.experts}: only the generation expert learns here, so that prompts are"
+            " read once for the whole run; give ['gen'].",
         )
         require(
             sum(t.weight > 0 for t in self.reward) > 0,

@@ -1,9 +1,10 @@
 """From rewards to advantages: each picture against the other pictures of its prompt.
 
-Rewards of a round are gathered first and grouped by prompt, so the statistics are those of whole groups however pictures were
-batched or sharded. Host arithmetic in float64: it is a few hundred numbers.
+Rewards of a round are gathered first and grouped by prompt, so the statistics are those of whole groups
+however pictures were batched or sharded. Host arithmetic in float64: it is a few hundred numbers.
 
-Source: group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300), with the constants of Flow-GRPO (arXiv 2505.05470).
+Source: group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300), with the constants of Flow-GRPO
+(arXiv 2505.05470).
 """
 
 from __future__ import annotations

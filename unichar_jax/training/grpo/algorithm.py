@@ -1,9 +1,9 @@
 """The interface of an algorithm: how it draws, what it keeps of a drawing, and its loss.
 
-An algorithm is three pure functions. ``draw`` makes a group of pictures for each context and returns a record with everything
-that learning needs and nothing else. ``items`` unfolds a record into items, J for each picture, each small enough to be a row
-of a batch. ``loss`` judges a batch of items. Advantages, batching, gradients and the optimiser are the trainer's and the same
-for all.
+An algorithm is three pure functions. ``draw`` makes a group of pictures for each context and returns a
+record with everything that learning needs and nothing else. ``items`` unfolds a record into items, J for
+each picture, each small enough to be a row of a batch. ``loss`` judges a batch of items. Advantages,
+batching, gradients and the optimiser are the trainer's and the same for all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Policies:
 class Algorithm(Protocol):
     """See the module's docstring. Attributes:
 
-    follows: the drawing policy is a moving average that follows the learner (``decay``); otherwise the learner draws.
+    follows: the drawing policy is a moving average that follows the learner (``decay``); otherwise the
+      learner draws.
     kl: weight of the reference model in the loss; 0 needs none.
     """
 

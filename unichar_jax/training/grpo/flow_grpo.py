@@ -1,17 +1,20 @@
-"""Flow-GRPO: a few steps of the flow are made stochastic, and the likely ones among the good are made likelier.
+"""Flow-GRPO: a few steps of the flow are made stochastic, and the likely ones among the good are made
+likelier.
 
-For a stochastic step ``x -> x'`` with Gaussian mean mu and deviation s, the log-probability is the *mean* over elements of
-``-(x' - mu)^2 / (2 s^2)`` and the loss is that of PPO, ``max(-A r, -A clip(r, 1 - low, 1 + high))`` with ratio
-``r = exp(log p - log p_old)``. Old log-probabilities are the rollout's own; they are never computed again. Guidance is part of
-the policy: both branches carry gradient, unless the policy is guidance-free.
+For a stochastic step ``x -> x'`` with Gaussian mean mu and deviation s, the log-probability is the *mean*
+over elements of ``-(x' - mu)^2 / (2 s^2)`` and the loss is that of PPO, ``max(-A r, -A clip(r, 1 - low, 1 +
+high))`` with ratio ``r = exp(log p - log p_old)``. Old log-probabilities are the rollout's own; they are
+never computed again. Guidance is part of the policy: both branches carry gradient, unless the policy is
+guidance-free.
 
-Optional: the divergence from the reference model, ``mean((mu - mu_ref)^2) / (2 s^2)``, where ``s^2`` has the factor |dt| that
-the variance of a step has; and GRPO-Guard's ratio. The log-ratio of two Gaussians around nearby means has a negative mean and
-a spread that depends on the step; Guard removes both, which leaves ``log r = mean(z (mu - mu_old))`` with z the noise of
-the rollout (drawn again from its key), and divides the loss by |dt| to weigh steps alike.
+Optional: the divergence from the reference model, ``mean((mu - mu_ref)^2) / (2 s^2)``, where ``s^2`` has
+the factor |dt| that the variance of a step has; and GRPO-Guard's ratio. The log-ratio of two Gaussians
+around nearby means has a negative mean and a spread that depends on the step; Guard removes both, which
+leaves ``log r = mean(z (mu - mu_old))`` with z the noise of the rollout (drawn again from its key), and
+divides the loss by |dt| to weigh steps alike.
 
-Sources: Flow-GRPO (arXiv 2505.05470); a window of steps, MixGRPO (arXiv 2507.21802); PPO (arXiv 1707.06347); GRPO-Guard
-(arXiv 2510.22319); constants of UniCharacter (arXiv 2605.08129).
+Sources: Flow-GRPO (arXiv 2505.05470); a window of steps, MixGRPO (arXiv 2507.21802); PPO (arXiv
+1707.06347); GRPO-Guard (arXiv 2510.22319); constants of UniCharacter (arXiv 2605.08129).
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Record:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Item:
-    """One stochastic step: ``x`` to ``next`` (``[..., N, latent_dim]``), its log-probability, index, picture's key."""
+    """A stochastic step ``x -> next`` (``[..., N, latent_dim]``): log-probability, index, picture's key."""
 
     x: jax.Array
     next: jax.Array
@@ -143,9 +146,7 @@ class FlowGRPO:
 
     def _judge(self, model: UnifiedModel, contexts: Contexts, items: Item):
         rows = flow.branches(model, contexts, self.settings.flow.guidance)
-        return flow.policy_step(
-            model, rows, items.x, items.step, self.grid, self.settings, sample=items.next
-        )
+        return flow.policy_step(model, rows, items.x, items.step, self.grid, self.settings, sample=items.next)
 
     def _dt(self, step: jax.Array) -> jax.Array:
         """Length of a step, positive."""

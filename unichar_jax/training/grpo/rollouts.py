@@ -1,9 +1,10 @@
 """What a round draws: its prompts, its random keys, and the pictures.
 
-The prompts of round n are a pure function of (seed, n): an endless walk through permutations of the training prompts, cut
-into rounds. So are all random keys; a picture's key depends on its place in the round and not on how the round is cut into
-batches. Every prompt is read once for the whole run, because only the understanding expert reads and it is frozen: its keys and
-values stay on the device as one row of a cache, and a group shares its prompt's row.
+The prompts of round n are a pure function of (seed, n): an endless walk through permutations of the
+training prompts, cut into rounds. So are all random keys; a picture's key depends on its place in the round
+and not on how the round is cut into batches. Every prompt is read once for the whole run, because only the
+understanding expert reads and it is frozen: its keys and values stay on the device as one row of a cache,
+and a group shares its prompt's row.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def grid_of(height: int, width: int, model: ModelConfig) -> Grid:
     for name, side in (("height", height), ("width", width)):
         if side % pixels_per or side > largest:
             raise UserError(
-                f"rollout.{name} {side}: expected a multiple of {pixels_per} up to {largest}, the model's size of a"
-                f" latent token and of its position table; try {max(side // pixels_per, 1) * pixels_per}."
+                f"rollout.{name} {side}: expected a multiple of {pixels_per} up to {largest}, the model's"
+                " size of a latent token and of its position table; try"
+                f" {max(side // pixels_per, 1) * pixels_per}."
             )
     return height // pixels_per, width // pixels_per
 
@@ -189,9 +191,7 @@ class Roller:
         self._draw = jax.jit(draw)
         self._join = jax.jit(self._joined)
 
-    def __call__(
-        self, model: UnifiedModel, autoencoder: Autoencoder, cache: KVCache, round_: Round
-    ) -> Drawn:
+    def __call__(self, model: UnifiedModel, autoencoder: Autoencoder, cache: KVCache, round_: Round) -> Drawn:
         """Draws all groups of a round with the policy ``model``."""
         cfg, seed = self._cfg, self._cfg.seed
         keys = picture_keys(round_key(seed, round_.number, "picture"), cfg.pictures)

@@ -1,9 +1,9 @@
 """One optimiser step on stored drawings: items in micro-batches, one gradient over all of them.
 
-The loss of an update is the mean over its pictures' items; micro-batches only bound memory, so their size changes nothing but
-rounding. Every micro-batch holds the same item number of different pictures, taken so that no picture leaves its device. The
-prompts' keys and values are gathered for each micro-batch from the cache that was read once for the run; they carry no
-gradient, because the understanding expert is frozen.
+The loss of an update is the mean over its pictures' items; micro-batches only bound memory, so their size
+changes nothing but rounding. Every micro-batch holds the same item number of different pictures, taken so
+that no picture leaves its device. The prompts' keys and values are gathered for each micro-batch from the
+cache that was read once for the run; they carry no gradient, because the understanding expert is frozen.
 """
 
 from __future__ import annotations
@@ -122,12 +122,8 @@ def make_update(
         share: Share,
         key: jax.Array,
     ) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradients_of(
-            layout, algorithm, state, reference, cache, share, key, micro_batch
-        )
-        learned = apply_gradients(
-            dataclasses.replace(state, ema=None), grads, optimizer, ema_decay=0.0
-        )
+        grads, metrics = gradients_of(layout, algorithm, state, reference, cache, share, key, micro_batch)
+        learned = apply_gradients(dataclasses.replace(state, ema=None), grads, optimizer, ema_decay=0.0)
         metrics["grad_norm"] = optax.global_norm(grads)
         return dataclasses.replace(learned, step=state.step, ema=state.ema), metrics
 

@@ -1,0 +1,240 @@
+"""Stage 2, Character-GRPO: from a configuration to a finished run.
+
+The base is read as in stage 1 (``training.sft``), the loop, the checkpoints and the mesh are the same; what
+is new is the ``Trainer`` as the loop's step and rounds of prompts as its data. ``run_dir`` gets
+``metrics.jsonl`` (one line a round), ``held_out.jsonl`` (one line an evaluation), ``pictures/`` and
+``checkpoints/``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from unichar_jax.checkpoint.manager import CheckpointManager
+from unichar_jax.config import presets
+from unichar_jax.config.grpo import GRPOConfig
+from unichar_jax.data.images import ImageError, open_image
+from unichar_jax.data.rl_prompts import RLPrompt, read_rl_prompts
+from unichar_jax.errors import UserError
+from unichar_jax.models.lora import add_lora, attach
+from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.parallel import mesh as mesh_lib
+from unichar_jax.scoring.base import References
+from unichar_jax.scoring.registry import Sources, build
+from unichar_jax.training import metrics as metrics_lib
+from unichar_jax.training import state as state_lib
+from unichar_jax.training.grpo.rewards import RewardError, Rewards
+from unichar_jax.training.grpo.rollouts import Rounds
+from unichar_jax.training.grpo.trainer import Trainer
+from unichar_jax.training.grpo.watch import HackingWatch
+from unichar_jax.training.loop import Hook, Loop
+from unichar_jax.training.metrics import MetricsLog
+from unichar_jax.training.optimizer import make_optimizer
+from unichar_jax.training.sft import Base, load_base
+from unichar_jax.training.state import Layout, TrainState
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def split_prompts(prompts: Sequence[RLPrompt], held_out: int) -> tuple[list[RLPrompt], list[RLPrompt]]:
+    """Training and held-out prompts; which are held out depends on their texts alone, not on their order."""
+    if len(prompts) - held_out < 1:
+        raise UserError(
+            f"held_out {held_out}: the file has {len(prompts)} prompts, so none is left to"
+            " train on; lower it."
+        )
+    digest = lambda p: hashlib.sha256(p.text.encode()).hexdigest()  # noqa: E731
+    chosen = set(map(digest, sorted(prompts, key=digest)[:held_out]))
+    return (
+        [p for p in prompts if digest(p) not in chosen],
+        [p for p in prompts if digest(p) in chosen],
+    )
+
+
+def read_references(folder: Path) -> References:
+    """The character's pictures in a folder, in order of their names; what is no picture is an error."""
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    try:
+        return References.of(open_image(name, folder) for name in names)
+    except ImageError as error:
+        raise UserError(f"references: {error}") from None
+
+
+def prepare(
+    cfg: GRPOConfig, base: Base, mesh: Mesh | None
+) -> tuple[Trainer, Layout, TrainState, UnifiedModel]:
+    """Everything of a run but its loop: the trainer, and a fresh state for it.
+
+    Raises:
+      UserError: prompts, references or weights of a scorer are absent or faulty.
+    """
+    source = Path(cfg.prompts)
+    if not cfg.prompts or not source.exists():
+        raise UserError(
+            f"prompts '{cfg.prompts}': expected a file *_pure_t2i_with_vqa.jsonl or a folder with one; give"
+            " --prompts PATH."
+        )
+    training, held_out = split_prompts(read_rl_prompts(source), cfg.held_out)
+    folder = Path(cfg.references) if cfg.references else (source if source.is_dir() else source.parent)
+    declared = UnifiedModel(base.cfg, cfg.compute)
+    model = base.model
+    if cfg.trainable == "lora":
+        declared = add_lora(declared, cfg.lora.rank, cfg.lora.alpha, cfg.lora.experts, cfg.lora.targets)
+        model = attach(model, declared, cfg.seed, mesh)
+    optimizer = make_optimizer(cfg.optimizer, cfg.rounds * cfg.updates)
+    follows = cfg.algorithm == "nft"
+    layout, state = state_lib.create(
+        model,
+        declared,
+        optimizer,
+        trainable=cfg.trainable,
+        ema=follows or cfg.optimizer.ema_decay > 0,
+        mesh=mesh,
+    )
+    sources = Sources(
+        _encoder_folder(cfg),
+        lambda: trainer.model,  # bound below, before anything is scored
+        base.cfg,
+        base.tokenizer,
+        cfg.reward_timeout,
+    )
+    rewards = Rewards(
+        cfg.reward,
+        [build(t.name, t.options, sources) for t in cfg.reward],
+        read_references(folder),
+    )
+    prompts = [*training, *held_out]
+    trainer = Trainer(
+        cfg,
+        layout,
+        optimizer,
+        base.autoencoder,
+        rewards,
+        prompts,
+        [base.tokenizer.encode(p.text) for p in prompts],
+        len(held_out),
+        state,
+        mesh,
+    )
+    return trainer, layout, state, declared
+
+
+def _encoder_folder(cfg: GRPOConfig) -> Path:
+    """A folder as given, or one that ships under ``checkpoints/``."""
+    given = Path(cfg.encoders)
+    return given if given.is_dir() else presets.resource_dir("checkpoints") / cfg.encoders
+
+
+def train(cfg: GRPOConfig, *, hooks: Sequence[tuple[int, Hook]] = (), quiet: bool = False) -> Path:
+    """Runs Character-GRPO to its last round, resuming if ``run_dir`` holds a checkpoint; returns the run's
+    directory.
+
+        Args:
+          cfg: the experiment.
+          hooks: called after rounds that their interval divides.
+          quiet: say nothing on the terminal.
+
+        Raises:
+          UserError: a mistake in the configuration or the data, a reward that failed (what was learned before
+            is saved first), or a loss that is not finite.
+          Preempted: SIGTERM arrived and everything was saved.
+    """
+    run_dir = Path(cfg.run_dir)
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    base = load_base(cfg, run_dir, mesh)
+    (run_dir / "config.json").write_text(presets.to_json(cfg))
+    say(f"starting from {base.origin}\nmesh: {dict(mesh.shape)}")
+    with jax.set_mesh(mesh):
+        trainer, layout, state, declared = prepare(cfg, base, mesh)
+        count = len(trainer.prompts) - trainer.held_out
+        say(
+            f"{count} prompts to learn from, {trainer.held_out} held out; a round draws {cfg.pictures}"
+            f" pictures ({cfg.prompts_per_round} prompts x {cfg.group}) and takes {cfg.updates} steps with"
+            f" {cfg.algorithm}"
+        )
+        loop = Loop(
+            trainer,
+            layout,
+            Rounds(count, cfg.prompts_per_round, cfg.seed),
+            CheckpointManager(run_dir, declared, keep=cfg.save.keep, mesh=mesh),
+            MetricsLog(run_dir / "metrics.jsonl", cfg.rounds, quiet=quiet),
+            steps=cfg.rounds,
+            save_every=cfg.save.every,
+            log_every=cfg.log_every,
+            hooks=[*_hooks(cfg, trainer, run_dir, say), *hooks],
+        )
+        state = loop.resume(state)
+        done = int(state.step)
+        if done:
+            say(f"resuming after round {done}")
+            trainer.watch = HackingWatch.resumed(metrics_lib.read(loop.log.path))
+        elif cfg.eval.every and trainer.held_out:
+            _evaluation(trainer, run_dir, say)(0, state)
+        try:
+            loop.run(state)
+        except RewardError as error:
+            done = int(trainer.state.step)
+            loop.data.restore({"round": done})
+            if loop.manager.latest != done:
+                loop.save(done, trainer.state)
+                loop.manager.wait()
+            raise UserError(
+                f"{error}\nNothing is lost: the {done} rounds before are saved in {loop.manager.directory}."
+                " Mend the reward and start the same command again."
+            ) from error
+    return run_dir
+
+
+def _hooks(
+    cfg: GRPOConfig, trainer: Trainer, run_dir: Path, say: Callable[[str], None]
+) -> list[tuple[int, Hook]]:
+    def pictures(done: int, state: TrainState) -> None:
+        del state
+        if jax.process_index() == 0:
+            _save_picture(run_dir, f"round-{done:06d}.png", trainer.sheet())
+
+    every = cfg.eval.every if trainer.held_out else 0
+    return [(cfg.pictures_every, pictures), (every, _evaluation(trainer, run_dir, say))]
+
+
+def _evaluation(trainer: Trainer, run_dir: Path, say: Callable[[str], None]) -> Hook:
+    """Scores held-out prompts; replaces the line of the same round, so a repeated evaluation is no second
+    one.
+    """
+    path = run_dir / "held_out.jsonl"
+
+    def evaluate(done: int, state: TrainState) -> None:
+        values, images, _ = trainer.evaluate(state)
+        if jax.process_index():
+            return
+        kept = [r for r in metrics_lib.read(path) if r["step"] < done] if path.exists() else []
+        lines = "".join(json.dumps(r) + "\n" for r in [*kept, {"step": done, **values}])
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(lines)
+        temporary.replace(path)
+        columns = trainer.cfg.eval.pictures
+        rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, len(images), columns)]
+        _save_picture(run_dir, f"held-out-{done:06d}.png", np.concatenate(rows))
+        say(f"held out, round {done}: " + " ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    return evaluate
+
+
+def _save_picture(run_dir: Path, name: str, picture: object) -> None:
+    from PIL import Image
+
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+    folder = run_dir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}"
+    image.save(temporary, format="PNG")
+    temporary.replace(folder / name)

@@ -1,0 +1,263 @@
+"""A round of stage 2 as one step of the loop that both stages share, and the run around it.
+
+A round draws, scores, and learns with all its updates, and is one step of the loop; an epoch, one walk
+through the prompts, is several rounds. That is what makes resuming exact and simple: between rounds there
+are no stored drawings, so a checkpoint is the state and one number (which round comes next), and everything
+random follows from (seed, round). A run that is stopped inside a round draws that round again, bit for bit.
+The alternative, checkpoints between the updates of a round, would have to store drawings (gigabytes at 1024
+pixels) to save at most one round.
+
+Pictures are drawn by the learner itself, or by a moving average that follows it, as the algorithm says. Old
+log-probabilities are those of the drawing. Rewards are gathered before they are compared, so groups are
+whole on any mesh.
+
+Source: UniCharacter (arXiv 2605.08129), Character-GRPO.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from unichar_jax.config.grpo import GRPOConfig
+from unichar_jax.config.model import ModelConfig
+from unichar_jax.data.rl_prompts import RLPrompt
+from unichar_jax.models.autoencoder import Autoencoder
+from unichar_jax.models.lora import switched_off
+from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.sampling import cache as kv
+from unichar_jax.sampling import flow
+from unichar_jax.sampling.flow import Contexts
+from unichar_jax.training.grpo.advantages import group_advantages
+from unichar_jax.training.grpo.algorithm import Algorithm
+from unichar_jax.training.grpo.flow_grpo import FlowGRPO
+from unichar_jax.training.grpo.nft import NFT
+from unichar_jax.training.grpo.rewards import Rewards, Scores
+from unichar_jax.training.grpo.rollouts import (
+    Roller,
+    Round,
+    decode,
+    grid_of,
+    on_mesh,
+    picture_keys,
+    read_prompts,
+    round_key,
+    settings_of,
+)
+from unichar_jax.training.grpo.update import Share, finish_round, make_update
+from unichar_jax.training.grpo.watch import HackingWatch, best_and_worst
+from unichar_jax.training.state import Arrays, Layout, TrainState
+
+
+def make_algorithm(cfg: GRPOConfig, model: ModelConfig) -> Algorithm:
+    """The algorithm that the configuration names."""
+    settings = settings_of(cfg.rollout)
+    grid = grid_of(cfg.rollout.height, cfg.rollout.width, model)
+    if cfg.algorithm == "nft":
+        return NFT(cfg.nft, settings.flow, grid, cfg.advantage_clip)
+    return FlowGRPO(cfg.flow_grpo, settings, grid, cfg.rollout.share_prefix, cfg.optimizer.ema_decay)
+
+
+class Trainer:
+    """Rounds of stage 2; an instance is the loop's step: ``(state, round) -> (state, metrics)``.
+
+    Args:
+      cfg: the experiment.
+      layout: assembles models.
+      optimizer: of the trained weights.
+      autoencoder: to see what was drawn.
+      rewards: to score it; they may ask for ``model``.
+      prompts: for training, then held out; the numbers in a round are places in this sequence.
+      ids: their tokens.
+      held_out: how many of the last prompts are held out.
+      state: the fresh state, before any checkpoint was restored: the reference model.
+      mesh: of the run.
+      watch: the early warning.
+    """
+
+    def __init__(
+        self,
+        cfg: GRPOConfig,
+        layout: Layout,
+        optimizer: optax.GradientTransformation,
+        autoencoder: Autoencoder,
+        rewards: Rewards,
+        prompts: Sequence[RLPrompt],
+        ids: Sequence[Sequence[int]],
+        held_out: int,
+        state: TrainState,
+        mesh: Mesh | None = None,
+        watch: HackingWatch | None = None,
+    ):
+        model = layout.assemble(state.params, state.frozen)
+        self.cfg, self.prompts, self.held_out = cfg, list(prompts), held_out
+        self._layout, self._autoencoder, self._rewards, self._mesh = layout, autoencoder, rewards, mesh
+        self.algorithm = make_algorithm(cfg, model.cfg)
+        self.watch = watch or HackingWatch()
+        self._settings = settings_of(cfg.rollout)
+        self._grid = grid_of(cfg.rollout.height, cfg.rollout.width, model.cfg)
+        self._patch = model.cfg.latent_patch_size
+        self.cache = read_prompts(model, ids)
+        self._reference = _reference(cfg, self.algorithm, state)
+        self._roll = Roller(cfg, self.algorithm, self._settings, self._grid, self._patch)
+        update = make_update(layout, self.algorithm, optimizer, cfg.micro_batch)
+
+        def learn(moving: TrainState, frozen: Arrays, *rest: Any):
+            learned, metrics = update(dataclasses.replace(moving, frozen=frozen), *rest)
+            return dataclasses.replace(learned, frozen={}), metrics
+
+        # Frozen weights are kept out of what is donated: they outlive every step.
+        self._learn = jax.jit(learn, donate_argnums=0)
+        self._finish = jax.jit(finish_round, donate_argnums=0)
+        self._share = jax.jit(_share_of, static_argnums=2)
+        self._draw_held_out = jax.jit(self._deterministic, static_argnames="settings")
+        self.state = state
+        """The state before the round that is under way: complete, to be saved if a reward fails."""
+        self.last: tuple[np.ndarray, Scores, list[str]] | None = None
+        """Pictures, scores and prompts of the last round."""
+
+    @property
+    def model(self) -> UnifiedModel:
+        """The current model; its frozen parts answer visual questions."""
+        return self._layout.assemble(self.state.params, self.state.frozen)
+
+    def __call__(self, state: TrainState, round_: Round) -> tuple[TrainState, dict[str, Any]]:
+        cfg, self.state = self.cfg, state
+        clock = [time.monotonic()]
+        drawer = state.ema if self.algorithm.follows else state.params
+        assert drawer is not None
+        drawn = self._roll(self._layout.assemble(drawer, state.frozen), self._autoencoder, self.cache, round_)
+        images = host(drawn.images)
+        clock.append(time.monotonic())
+        of_picture = np.repeat(round_.prompts, cfg.group)
+        asked = [self.prompts[i] for i in of_picture]
+        groups = np.repeat(np.arange(cfg.prompts_per_round), cfg.group)
+        scores = self._rewards(self._on_device(drawn.images, images), asked, groups)
+        # Advantages compare all pictures of a prompt, also where a round draws it twice.
+        advantages = group_advantages(
+            scores.rewards, of_picture, clip=cfg.advantage_clip, whole_std=cfg.whole_std
+        )
+        clock.append(time.monotonic())
+        key = round_key(cfg.seed, round_.number, "update")
+        share = Share(drawn.record, on_mesh(of_picture, self._mesh), on_mesh(advantages.values, self._mesh))
+        frozen, moving = state.frozen, dataclasses.replace(state, frozen={})
+        learned = []
+        for i in range(cfg.updates):
+            part = share if cfg.updates == 1 else self._share(share, jnp.int32(i), cfg.updates)
+            moving, metrics = self._learn(
+                moving, frozen, self._reference, self.cache, part, jax.random.fold_in(key, i)
+            )
+            learned.append(metrics)
+        decay = jnp.float32(self.algorithm.decay(round_.number + 1))
+        state = dataclasses.replace(self._finish(moving, decay), frozen=frozen)
+        metrics = _mean(jax.device_get(learned))
+        clock.append(time.monotonic())
+        spread = float(np.mean(host(drawn.spread)))
+        warning = self.watch.add(float(scores.rewards.mean()), spread)
+        if warning:
+            print(warning, file=sys.stderr, flush=True)
+        self.state, self.last = state, (images, scores, [p.text for p in asked])
+        return state, metrics | {
+            **_score_metrics(scores, cfg.group),
+            "advantage_std": advantages.std,
+            "dead_groups": advantages.dead,
+            "advantages_clipped": advantages.clipped,
+            "spread": spread,
+            "hacking_warning": float(warning is not None),
+            "seconds_draw": clock[1] - clock[0],
+            "seconds_score": clock[2] - clock[1],
+            "seconds_learn": clock[3] - clock[2],
+        }
+
+    def _on_device(self, images: jax.Array, fetched: np.ndarray) -> jax.Array:
+        """Pictures as scorers want them: on this process's devices, whole."""
+        return images if images.is_fully_addressable else jnp.asarray(fetched)
+
+    # -- held-out prompts -----------------------------------------------------------------------------------
+
+    def evaluate(self, state: TrainState) -> tuple[dict[str, float], np.ndarray, Scores]:
+        """Draws the held-out prompts from fixed noise, without stochastic steps, and scores them.
+
+        Returns:
+          Means for the log, the pictures uint8 ``[held out * pictures, H, W, 3]``, and their scores.
+        """
+        cfg, self.state = self.cfg, state
+        count = cfg.eval.pictures
+        first = len(self.prompts) - self.held_out
+        rows = np.repeat(np.arange(first, len(self.prompts), dtype=np.int32), count)
+        keys = picture_keys(round_key(cfg.seed, 0, "evaluation"), len(rows))
+        weights = state.params if state.ema is None or self.algorithm.follows else state.ema
+        settings = dataclasses.replace(self._settings.flow, num_timesteps=cfg.eval.num_timesteps)
+        model = self._layout.assemble(weights, state.frozen)
+        drawn = self._draw_held_out(
+            model, self._autoencoder, self.cache, on_mesh(rows, self._mesh), keys, settings=settings
+        )
+        images = host(drawn)
+        scores = self._rewards(self._on_device(drawn, images), [self.prompts[i] for i in rows], rows - first)
+        return _score_metrics(scores, count), images, scores
+
+    def _deterministic(self, model, autoencoder, cache, rows, keys, *, settings):
+        noise = flow.draw_noise(keys, 0, self._grid, model.cfg.latent_dim)
+        contexts = Contexts(kv.take(cache, rows))
+        latents = flow.sample_latents(model, contexts, noise, self._grid, settings)
+        return decode(autoencoder, latents, self._grid, self._patch)
+
+    def sheet(self) -> Any:
+        """Best and worst pictures of the last round."""
+        assert self.last is not None
+        images, scores, prompts = self.last
+        return best_and_worst(images, scores.rewards, prompts, self.cfg.group)
+
+
+def host(x: jax.Array) -> np.ndarray:
+    """An array in full on every process."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _reference(cfg: GRPOConfig, algorithm: Algorithm, state: TrainState) -> Arrays | None:
+    """Trained weights of the reference model: adapters switched off, or a copy of the first weights."""
+    if algorithm.kl == 0:
+        return None
+    if cfg.trainable == "lora":
+        return switched_off(state.params)
+    return jax.tree.map(jnp.copy, state.params)
+
+
+def _share_of(share: Share, part: jax.Array, parts: int) -> Share:
+    """Whole groups, one after the other."""
+    size = share.prompts.shape[0] // parts
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, part * size, size), share)
+
+
+def _score_metrics(scores: Scores, group: int) -> dict[str, float]:
+    rewards = scores.rewards.reshape(-1, group)
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "reward_best": float(rewards.max(axis=1).mean()),
+        **{f"reward/{name}": float(values.mean()) for name, values in scores.terms.items()},
+        **{
+            f"reward_std/{name}": float(values.reshape(-1, group).std(axis=1).mean())
+            for name, values in scores.terms.items()
+        },
+    }
+
+
+def _mean(updates: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the updates of a round; ``first/*`` are of its first, before anything was learned."""
+    means = {k: np.mean([m[k] for m in updates], axis=0) for k in updates[0]}
+    if "ratio_drift" in means:
+        means["ratio_drift_first"] = updates[0]["ratio_drift"]
+    return means
