@@ -65,6 +65,9 @@ def compiled(name: str):
     return jax.jit(functools.partial(run, kernel))
 
 
+lay_out = jax.jit(layout_lib.make_layout, static_argnums=(1, 2))
+
+
 def arrays(seed: int, head_dim: int = HEAD_DIM, rows: int = ROWS):
     rng = np.random.default_rng(seed)
     shape = lambda heads: (rows, LENGTH, heads, head_dim)  # noqa: E731
@@ -77,19 +80,19 @@ def assert_same(got, expected, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("name", FAST)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(rows=rows)
 def test_forward_and_gradients(name, rows):
     meta, x = metadata(rows), arrays(len(rows[0][0]))
     assert_same(compiled(name)(meta, *x), compiled("reference")(meta, *x))
 
 
-@settings(max_examples=40, deadline=None)
-@given(rows=rows, places=st.sampled_from([256, 640, 1280, 4096, 13_312, 32_640, 65_280]))
+@settings(max_examples=25, deadline=None)
+@given(rows=rows, places=st.sampled_from([256, 1280, 13_312, 32_640]))
 def test_two_intervals_are_the_mask(rows, places):
     """What the codes say, at places of any number (other numbers, other alignments), is ``visible``."""
     meta, block = metadata(rows), 128
-    layout = layout_lib.make_layout(meta, places, block)
+    layout = lay_out(meta, places, block)
     code = layout_lib.Code.for_places(places)
     # 256 places are always enough: nothing is aligned there.
     assert places > 256 or not layout.overflow.any()
@@ -129,7 +132,7 @@ def test_rows_without_room_are_nan_not_wrong(monkeypatch):
     meta = metadata([([[("text", 30)] * 5], 0), ([[("text", 10)]], 1)])
     q, k, v, _ = arrays(0)
     kernel = kernels.KERNELS["splash_interpret"]
-    out = kernel.run(kernel.prepare(meta, meta), q, k, v)
+    out = jax.jit(lambda *x: kernel.run(kernel.prepare(meta, meta), *x))(q, k, v)
     assert jnp.isnan(out[0]).all()
     expected = kernels.KERNELS["reference"].run(visible(meta, meta), q, k, v)
     assert_same([out[1]], [expected[1]])
