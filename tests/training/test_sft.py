@@ -46,9 +46,9 @@ def _weights(run: Path, item: str) -> dict[str, np.ndarray]:
 
 def test_resumed_run_is_the_run(tiny_root, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    sft.train(_config(tiny_root, whole, 8, 8), quiet=True)
-    sft.train(_config(tiny_root, parts, 4, 4), quiet=True)
-    sft.train(_config(tiny_root, parts, 8, 4), quiet=True)
+    sft.train(_config(tiny_root, whole, 20, 20), quiet=True)
+    sft.train(_config(tiny_root, parts, 10, 10), quiet=True)
+    sft.train(_config(tiny_root, parts, 20, 10), quiet=True)
 
     assert read(whole / "metrics.jsonl") == read(parts / "metrics.jsonl")
     for item in ("weights", "ema"):

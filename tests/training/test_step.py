@@ -70,6 +70,7 @@ def _assert_same(got, expected, gradients=1e-5, parameters=1e-6):
     (g1, s1, loss1), (g0, s0, loss0) = got, expected
     assert abs(float(loss1) / float(loss0) - 1) <= 1e-6
     norm = np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in g0.values()))
+    compared = total = 0
     for name in g0:
         a, b = np.asarray(g1[name], np.float64), np.asarray(g0[name], np.float64)
         if name == "vision.layers.k.bias":  # mathematically zero: softmax ignores a shift of all keys
@@ -77,10 +78,12 @@ def _assert_same(got, expected, gradients=1e-5, parameters=1e-6):
             continue
         assert relative_l2(a, b) <= gradients, name
         # With eps 1e-15, a flipped sign of a rounding-noise gradient moves a weight by the learning rate.
-        sure = np.abs(b) >= 1e-3 * np.sqrt(np.mean(b**2))
-        assert sure.mean() >= 0.99 or name.endswith("embedding"), name
+        # Rows of a table that no token touches have no gradient at all and must not move.
+        sure = (np.abs(b) >= 1e-3 * np.sqrt(np.mean(b**2))) | (b == 0)
+        compared, total = compared + sure.sum(), total + sure.size
         p1, p0 = np.asarray(s1.params[name])[sure], np.asarray(s0.params[name])[sure]
         assert relative_l2(p1, p0) <= parameters, name
+    assert compared >= 0.99 * total
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 8, 1), (2, 2, 2)])
