@@ -1,0 +1,193 @@
+"""Numbers from pictures: scorers, copies of training pictures, and what the independent judge reads.
+
+Scorers are those of ``scoring``, the same implementation that gives rewards. The judge is another: it
+reads attributes from a picture (``scoring.mini``), and is never a reward. It is asked only about characters
+whose folder says what is true (``<NAME>_attributes.json``). Which pictures are copies needs no network at
+all: pixels decide, on the scale that the training pictures set themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from unichar_jax.data.images import open_image, to_rgb
+from unichar_jax.data.miniworld.texts import attributes_in_text
+from unichar_jax.data.miniworld.world import ATTRIBUTES, LOOK_VALUES, SCENE_VALUES
+from unichar_jax.evaluation.items import Case
+from unichar_jax.evaluation.outputs import Output
+from unichar_jax.evaluation.rater import Rater
+from unichar_jax.evaluation.texts import Metrics
+from unichar_jax.scoring.base import References, ScoreContext, Scorer, checked_scores
+from unichar_jax.scoring.features import ImageEncoder
+
+Judge = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+"""Pictures uint8 ``[N, H, W, 3]`` to probabilities ``{attribute: [N, values]}`` in the order of
+``ATTRIBUTES``."""
+
+THUMBNAIL = 32
+"""Side at which pictures are compared for copies."""
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What measures.
+
+    Attributes:
+      scorers: each gives every picture a number of its own.
+      diversity: gives pictures of one prompt a number together; asked where there are several.
+      judge: reads attributes; never a reward.
+      rater: gives replies marks from 1 to 7.
+      missing: metrics that cannot be had here, and why.
+    """
+
+    scorers: tuple[Scorer, ...] = ()
+    diversity: Scorer | None = None
+    judge: Judge | None = None
+    rater: Rater | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+class MeanSimilarity:
+    """Mean cosine of a picture to all pictures of the character: CLIP-I and DINO as of DreamBooth
+    (arXiv 2208.12242). ``scoring.identity`` takes the largest instead, which suits a reward."""
+
+    def __init__(self, encode: ImageEncoder, name: str):
+        self.name, self._encode = name, encode
+
+    def __call__(self, images: jnp.ndarray, context: ScoreContext) -> jnp.ndarray:
+        references = jnp.asarray(self._encode.references(context.references))
+        return (self._encode(images) @ references.T).mean(axis=-1)
+
+
+def measure(case: Case, outputs: Sequence[Output], instruments: Instruments) -> list[Metrics]:
+    """Metrics of every output's picture; all are of one task and one character."""
+    found: list[Metrics] = [{} for _ in outputs]
+    pictures = [_open(o.data["picture"]) for o in outputs]
+    originals = [_open(i.path) for i in case.train.images]
+    for one, copied in zip(found, copies(pictures, originals), strict=True):
+        if copied is not None:
+            one["copied"] = float(copied)
+    for places in _alike([p.shape for p in pictures]):
+        stacked = np.stack([pictures[i] for i in places])
+        group = [outputs[i] for i in places]
+        for row, i in enumerate(places):
+            found[i] |= {
+                name: float(v[row]) for name, v in _scores(case, group, stacked, instruments).items()
+            }
+        if instruments.judge is not None and case.train.attributes.get("look"):
+            for i, judged in zip(places, judge(case, group, instruments.judge(stacked)), strict=True):
+                found[i] |= judged
+    return found
+
+
+def _scores(
+    case: Case, outputs: Sequence[Output], pictures: np.ndarray, instruments: Instruments
+) -> dict[str, np.ndarray]:
+    items = sorted({o.item.key for o in outputs})
+    context = ScoreContext(
+        prompts=[shown_text(o) for o in outputs],
+        groups=np.array([items.index(o.item.key) for o in outputs]),
+        references=References.of(Image.fromarray(_open(i.path)) for i in case.train.images),
+    )
+    images = jnp.asarray(pictures, jnp.float32) / 255
+    needs_others = [instruments.diversity] if instruments.diversity and len(outputs) > len(items) else []
+    return {
+        s.name: checked_scores(s.name, s(images, context), context)
+        for s in (*instruments.scorers, *needs_others)
+    }
+
+
+def shown_text(output: Output) -> str:
+    """What the picture should show: the reply where there is one, else the plain caption."""
+    return output.data.get("text") or output.item.question
+
+
+# -- copies -------------------------------------------------------------------------------------------------
+
+
+def copies(pictures: Sequence[np.ndarray], originals: Sequence[np.ndarray]) -> list[bool | None]:
+    """Which pictures repeat an original; None without at least two originals to set the scale.
+
+    Pictures are compared as 32 x 32 thumbnails by the root of the mean squared difference. One is a copy if
+    it is closer to an original than half of the median distance from an original to its nearest other.
+
+    Args:
+      pictures: uint8 ``[H, W, 3]`` of any sizes.
+      originals: the same.
+    """
+    small = np.array([_thumbnail(p) for p in originals])
+    if len(small) < 2:
+        return [None] * len(pictures)
+    apart = _distances(small, small)
+    np.fill_diagonal(apart, np.inf)
+    bound = 0.5 * float(np.median(apart.min(axis=1)))
+    nearest = _distances(np.array([_thumbnail(p) for p in pictures]), small).min(axis=1)
+    return [bool(d < bound) for d in nearest]
+
+
+def _thumbnail(picture: np.ndarray) -> np.ndarray:
+    small = Image.fromarray(picture).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).ravel() / 255
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.array([np.sqrt(np.square(b - one).mean(axis=1)) for one in a])
+
+
+# -- the independent judge ----------------------------------------------------------------------------------
+
+
+def judge(case: Case, outputs: Sequence[Output], readings: Mapping[str, np.ndarray]) -> list[Metrics]:
+    """Shares of attributes that the judge reads as they should be.
+
+    Args:
+      case: its folder's ``look`` is the character's fixed attributes.
+      outputs: what was asked (``item.question``) and replied (``data["text"]``).
+      readings: probabilities ``{attribute: [N, values]}``.
+
+    Returns:
+      For each output: ``identity``; ``prompt_following``, where the prompt asks for something of the scene;
+        and
+      ``consistency``, where the subject's own reply states something that a picture can show.
+    """
+    seen = {name: [ATTRIBUTES[name][k] for k in np.argmax(p, axis=-1)] for name, p in readings.items()}
+    look = {name: case.train.attributes["look"][name] for name in LOOK_VALUES}
+    found = []
+    for row, output in enumerate(outputs):
+        read = {name: values[row] for name, values in seen.items()}
+        asked = attributes_in_text(output.item.question)
+        scene = {name: value for name, value in asked.items() if name in SCENE_VALUES}
+        stated = attributes_in_text(output.data.get("text", ""))
+        shares = {
+            "identity": _share(look, read),
+            "prompt_following": _share(scene, read),
+            "consistency": _share(stated, read),
+        }
+        found.append({name: share for name, share in shares.items() if share is not None})
+    return found
+
+
+def _share(wanted: Mapping[str, str], read: Mapping[str, str]) -> float | None:
+    return sum(read[n] == v for n, v in wanted.items()) / len(wanted) if wanted else None
+
+
+# -- files --------------------------------------------------------------------------------------------------
+
+
+def _open(path: str | Path) -> np.ndarray:
+    path = Path(path)
+    return np.asarray(to_rgb(open_image(path.name, path.parent)))
+
+
+def _alike(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Places of pictures of equal size."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place, shape in enumerate(shapes):
+        found.setdefault(shape, []).append(place)
+    return list(found.values())
