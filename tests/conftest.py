@@ -7,13 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
-
 import jax
+import pytest
+from PIL import Image, ImageDraw
 
 # Eight simulated devices for the sharding tests; set before anything touches a device.
 jax.config.update("jax_num_cpu_devices", 8)
-from PIL import Image, ImageDraw
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -1,7 +1,8 @@
 """The quickstart: one character, customised on this machine, from what ships with the package.
 
-Steps, each a call into the library that a user could make: find or draw the character, run Unified-SFT from the mini base (or
-from random weights of a preset), load the result, let it answer and draw. Nothing here is known to the library below.
+Steps, each a call into the library that a user could make: find or draw the character, run Unified-SFT from
+the mini base (or from random weights of a preset), load the result, let it answer and draw. Nothing here is
+known to the library below.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Quickstart:
     """Settings of the quickstart.
 
     Attributes:
-      data: a character folder in the RoleScape-20 layout (``.../train/NAME``); by default a character of the mini
-        world is drawn.
+      data: a character folder in the RoleScape-20 layout (``.../train/NAME``); by default a character of the
+        mini world is drawn.
       character: which character of the mini world.
       base: model to start from; a preset's name that does not ship weights starts from random ones.
       out: folder of everything that is made.

@@ -1,12 +1,13 @@
 """Checkpoints of a training run, with Orbax.
 
-``<run>/checkpoints/<step>/`` holds the items ``weights`` (layers spelled out under the names of ``checkpoint/table.py``:
-what inference reads, and nothing else), ``optimizer`` (step and optimiser state) and, if kept, ``ema`` (same layout as
-``weights``). The data iterator's state and the run's clock travel in the checkpoint's metadata, so a checkpoint is either
-complete or not there: Orbax writes beside and renames at the end. Saving is asynchronous; the arrays are copied to the
-host before ``save`` returns.
+``<run>/checkpoints/<step>/`` holds the items ``weights`` (layers spelled out under the names of
+``checkpoint/table.py``: what inference reads, and nothing else), ``optimizer`` (step and optimiser state)
+and, if kept, ``ema`` (same layout as ``weights``). The data iterator's state and the run's clock travel in
+the checkpoint's metadata, so a checkpoint is either complete or not there: Orbax writes beside and renames at
+the end. Saving is asynchronous; the arrays are copied to the host before ``save`` returns.
 
-Restoring diffs the stored metadata against the run first and lists every difference, because Orbax's own messages do not.
+Restoring diffs the stored metadata against the run first and lists every difference, because Orbax's own
+messages do not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The one two-way table between this package's arrays and the published PyTorch tensors.
 
-An ``Entry`` ties one array on our side (layers spelled out, never stacked) to one tensor of a BAGEL file, with the
-layout change between them. Entries are derived from the model's declarations by the short list of renaming rules
-below, so the table covers exactly what the model has; conversion both ways, accounting, ``inspect`` and ``diff`` read
-nothing else. ``to_torch`` and ``from_torch`` are views (no copy) and exact in every dtype.
+An ``Entry`` ties one array on our side (layers spelled out, never stacked) to one tensor of a BAGEL file,
+with the layout change between them. Entries are derived from the model's declarations by the short list of
+renaming rules below, so the table covers exactly what the model has; conversion both ways, accounting,
+``inspect`` and ``diff`` read nothing else. ``to_torch`` and ``from_torch`` are views (no copy) and exact in
+every dtype.
 
 Names: published ``ema.safetensors`` and ``ae.safetensors`` of BAGEL-7B-MoT.
 """

@@ -11,7 +11,8 @@ from unichar_jax.cli.main import parses_itself
 
 
 def check(path: Annotated[Path, tyro.conf.Positional]) -> int:
-    """Reports everything wrong with a character folder, or a root of them, at once; exit code 1 if anything is.
+    """Reports everything wrong with a character folder, or a root of them, at once; exit code 1 if anything
+    is.
 
     Args:
       path: a character's folder, or a folder that holds train/ and test/.

@@ -1,7 +1,7 @@
 """The ``unichar`` command: parse, call, print. A ``UserError`` is printed without a stack trace.
 
-Commands are imported when they run, so ``unichar --help`` needs no JAX. Experiment commands (``sft``, ``grpo``, ``plan``) take
-a preset name or a TOML file first, then any field of it as an option.
+Commands are imported when they run, so ``unichar --help`` needs no JAX. Experiment commands (``sft``,
+``grpo``, ``plan``) take a preset name or a TOML file first, then any field of it as an option.
 """
 
 from __future__ import annotations

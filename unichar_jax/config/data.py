@@ -1,7 +1,8 @@
 """What the training data is: which characters, mixed how, at what sizes, packed into what.
 
-A ``DataConfig`` says what the model sees and in which order; the batch of step n is a function of it and of the global
-batch alone. Nothing here depends on the machine, except for ``workers`` and ``cache_dir``, which change the speed only.
+A ``DataConfig`` says what the model sees and in which order; the batch of step n is a function of it and of
+the global batch alone. Nothing here depends on the machine, except for ``workers`` and ``cache_dir``, which
+change the speed only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class DataConfig:
       character_weights: weights by character; absent ones have 1.
       seed: of the order of samples, condition dropout and noise levels.
       rows_per_device: packed sequences per device and micro-batch.
-      tokens_per_row: about how many tokens a row has in all streams; derived capacities keep within -10 % and +6 %.
+      tokens_per_row: about how many tokens a row has in all streams; derived capacities keep within -10 % and
+        +6 %.
       capacities: tokens of a row in the streams text, vit, latent; none to derive them from the mixture.
       draw_min, draw_max: bounds of the sides of pictures that are drawn, in pixels.
       look_min, look_max: bounds of the sides of pictures that are looked at, in pixels.

@@ -1,9 +1,10 @@
 """Sizes of the unified model, and how to read them from a BAGEL directory.
 
 A ``ModelConfig`` describes the architecture and nothing else (no dtype, no kernel, no mesh). The numbers of a
-converted model come from the checkpoint's own ``llm_config.json`` and ``vit_config.json``; what BAGEL keeps in
-code rather than in those files (autoencoder, latent patch, table sizes, special tokens) is FLUX's and BAGEL's own
-unless an ``extra_config.json`` beside them says otherwise, which is what the small presets of this repository use.
+converted model come from the checkpoint's own ``llm_config.json`` and ``vit_config.json``; what BAGEL keeps
+in code rather than in those files (autoencoder, latent patch, table sizes, special tokens) is FLUX's and
+BAGEL's own unless an ``extra_config.json`` beside them says otherwise, which is what the small presets of
+this repository use.
 
 Sources: BAGEL (arXiv 2505.14683) and UniCharacter (arXiv 2605.08129).
 """

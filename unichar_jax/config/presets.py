@@ -1,7 +1,8 @@
 """Experiments by name: TOML files in ``configs/``, overridden field by field.
 
-A file holds only what differs from the dataclass's defaults; tables are sub-configurations. ``load`` refuses unknown
-fields with the closest name. The files ship in the package too, so the command works outside a checkout.
+A file holds only what differs from the dataclass's defaults; tables are sub-configurations. ``load`` refuses
+unknown fields with the closest name. The files ship in the package too, so the command works outside a
+checkout.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ C = TypeVar("C")
 
 
 def resource_dir(name: str) -> Path:
-    """A directory that ships with the project (``configs``, ``checkpoints``): in the wheel, or in the checkout."""
+    """A directory that ships with the project (``configs``, ``checkpoints``): in the wheel, or in the
+    checkout."""
     package = Path(__file__).parents[1]
     for candidate in (package / f"_{name}", package.parent / name):
         if candidate.is_dir():

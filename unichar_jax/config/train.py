@@ -1,7 +1,8 @@
 """Configuration of training runs: optimiser, checkpoints, and the Unified-SFT experiment.
 
-Frozen dataclasses, validated on construction. A file in ``configs/`` names a whole experiment; any field can be overridden on
-the command line (``config/presets.py``). The resolved configuration is saved with the run and is enough to repeat it.
+Frozen dataclasses, validated on construction. A file in ``configs/`` names a whole experiment; any field can
+be overridden on the command line (``config/presets.py``). The resolved configuration is saved with the run
+and is enough to repeat it.
 """
 
 from __future__ import annotations

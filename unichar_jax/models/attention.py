@@ -1,11 +1,11 @@
 """One attention function with several kernels behind it.
 
-A forward pass prepares its attention once (``prepare``): from the tokens' metadata to whatever the kernel wants (a
-dense mask for the reference). Every layer then calls ``attend`` with its q, k, v. Which kernel runs is chosen by name in
-``Compute.attention``; a name that cannot run is an error, never a silent fallback.
+A forward pass prepares its attention once (``prepare``): from the tokens' metadata to whatever the kernel
+wants (a dense mask for the reference). Every layer then calls ``attend`` with its q, k, v. Which kernel runs
+is chosen by name in ``Compute.attention``; a name that cannot run is an error, never a silent fallback.
 
-Keys may come in two parts: a cached prefix and the tokens of this call. They are scored separately and share one
-softmax, so that a cache is never copied to append to it.
+Keys may come in two parts: a cached prefix and the tokens of this call. They are scored separately and share
+one softmax, so that a cache is never copied to append to it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """FLUX's image autoencoder: pictures to latents and back.
 
-Convolutional encoder and decoder with group normalisation, one attention block at the lowest resolution, and a
-diagonal Gaussian posterior. Layout here is NHWC; kernels are HWIO. Attention projections are 1x1 convolutions in
-the published file and plain dense kernels here. The blocks' names follow the published file so that its table of
-names stays short. Never trained by Unified-SFT: latents are computed once per image and cached.
+Convolutional encoder and decoder with group normalisation, one attention block at the lowest resolution, and
+a diagonal Gaussian posterior. Layout here is NHWC; kernels are HWIO. Attention projections are 1x1
+convolutions in the published file and plain dense kernels here. The blocks' names follow the published file
+so that its table of names stays short. Never trained by Unified-SFT: latents are computed once per image and
+cached.
 
 Source: FLUX.1's autoencoder as used by BAGEL (arXiv 2505.14683); shapes in the class docstrings.
 """
@@ -57,7 +58,8 @@ class GroupNorm(nnx.Module):
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
     def _group_mean(self, x: jax.Array) -> jax.Array:
-        """Mean over each group, ``[B, 1, 1, C]``: per channel first, so that the big array keeps its layout."""
+        """Mean over each group, ``[B, 1, 1, C]``: per channel first, so that the big array keeps its
+        layout."""
         b, _, _, c = x.shape
         mean = x.mean(axis=(1, 2)).reshape(b, self.groups, c // self.groups).mean(axis=-1)
         return jnp.repeat(mean, c // self.groups, axis=-1)[:, None, None, :]
@@ -207,7 +209,8 @@ class Autoencoder(nnx.Module):
 
 
 def patchify(latents: jax.Array, patch: int) -> jax.Array:
-    """``[..., h*p, w*p, C]`` -> ``[..., h*w, p*p*C]``: rows of the grid first, channel fastest inside a token."""
+    """``[..., h*p, w*p, C]`` -> ``[..., h*w, p*p*C]``: rows of the grid first, channel fastest inside a
+    token."""
     *lead, height, width, c = latents.shape
     h, w = height // patch, width // patch
     x = latents.reshape(*lead, h, patch, w, patch, c)

@@ -1,8 +1,9 @@
 """The Qwen2 mixture-of-transformers decoder: two experts, one attention.
 
-A layer takes two token arrays, ``und`` and ``gen``; each expert is plain dense matmuls over its own array. Queries, keys
-and values of both are concatenated for one softmax and split again. There is no routing: no gather, no scatter, no index
-list. Layers are stacked and walked by ``jax.lax.scan``; weights are cast and gathered layer by layer inside it.
+A layer takes two token arrays, ``und`` and ``gen``; each expert is plain dense matmuls over its own array.
+Queries, keys and values of both are concatenated for one softmax and split again. There is no routing: no
+gather, no scatter, no index list. Layers are stacked and walked by ``jax.lax.scan``; weights are cast and
+gathered layer by layer inside it.
 
 Source: BAGEL (arXiv 2505.14683), Qwen2.5 with QK-norm.
 """
@@ -90,7 +91,8 @@ def rope_angles(position: jax.Array, head_dim: int, theta: float) -> tuple[jax.A
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding, halves convention (not interleaved); float32 in and out. RoFormer, arXiv 2104.09864."""
+    """Rotary embedding, halves convention (not interleaved); float32 in and out. RoFormer, arXiv
+    2104.09864."""
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

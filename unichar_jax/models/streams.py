@@ -1,10 +1,10 @@
 """The three-stream batch, and the one rule of who sees whom.
 
-A packed batch is three streams: ``text``, ``vit`` and ``latent``. Which expert a token uses is a matter of which
-stream it is in (text and vit: understanding; latent: generation), so experts are dense matmuls over contiguous
-arrays. Every token carries the same small metadata (``TokenMeta``), and ``visible`` is a pure function of it. The same
-function serves packed training, prefill into a cache, text decoding and denoising. Storage order means nothing to
-attention; nothing is ever interleaved.
+A packed batch is three streams: ``text``, ``vit`` and ``latent``. Which expert a token uses is a matter of
+which stream it is in (text and vit: understanding; latent: generation), so experts are dense matmuls over
+contiguous arrays. Every token carries the same small metadata (``TokenMeta``), and ``visible`` is a pure
+function of it. The same function serves packed training, prefill into a cache, text decoding and denoising.
+Storage order means nothing to attention; nothing is ever interleaved.
 
 Source of the rule: BAGEL's causal / full / noise splits (arXiv 2505.14683).
 """
@@ -29,8 +29,8 @@ class TokenMeta:
       segment: the sample a token belongs to; 0 is padding.
       order: its place in the sample's sequence.
       position: its rotary position (all tokens of an image share one).
-      block: the image split it belongs to, unique inside a sample; 0 for causal text. The two delimiters of an
-        image are text-stream tokens that carry their image's block.
+      block: the image split it belongs to, unique inside a sample; 0 for causal text. The two delimiters of
+        an image are text-stream tokens that carry their image's block.
       noisy: 1 if the block is a noised target image, which nobody outside it may see.
     """
 
@@ -52,8 +52,8 @@ class TokenMeta:
 def visible(q: TokenMeta, k: TokenMeta) -> jax.Array:
     """Boolean ``[B, Lq, Lk]``: may query i see key j?
 
-    Causal inside a sample, bidirectional inside an image split; a noised image is seen by itself only; padding
-    sees nothing and is seen by nobody.
+    Causal inside a sample, bidirectional inside an image split; a noised image is seen by itself only;
+    padding sees nothing and is seen by nobody.
     """
 
     def outer(name: str) -> tuple[Array, Array]:

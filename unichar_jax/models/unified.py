@@ -1,8 +1,8 @@
 """The unified understand-and-generate model: BAGEL-MoT on three streams.
 
-``UnifiedModel`` embeds each stream, runs the decoder over [text | vit | latent], and offers the two heads (``logits`` on
-text, ``velocity`` on latents). It does not know about packing, noise schedules, caches or losses: those call it.
-The autoencoder is a module of its own (``models/autoencoder.py``).
+``UnifiedModel`` embeds each stream, runs the decoder over [text | vit | latent], and offers the two heads
+(``logits`` on text, ``velocity`` on latents). It does not know about packing, noise schedules, caches or
+losses: those call it. The autoencoder is a module of its own (``models/autoencoder.py``).
 
 Source: BAGEL (arXiv 2505.14683).
 """
@@ -29,7 +29,8 @@ _TIME_FEATURES = 256
 
 @functools.lru_cache(maxsize=8)
 def _half_table(side: int, width: int) -> np.ndarray:
-    """[sin(z w), cos(z w)] for z < side: half of the 2-D table, computed in float64, float32 ``[side, width/2]``."""
+    """[sin(z w), cos(z w)] for z < side: half of the 2-D table, computed in float64, float32 ``[side,
+    width/2]``."""
     omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
     angle = np.arange(side, dtype=np.float64)[:, None] * omega
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
@@ -66,7 +67,8 @@ class TimeEmbedder(nnx.Module):
 
 
 class UnifiedModel(nnx.Module):
-    """See the module's docstring. Constructed, it is a tree of declarations: ``params.initialize`` fills it."""
+    """See the module's docstring. Constructed, it is a tree of declarations: ``params.initialize`` fills
+    it."""
 
     def __init__(self, cfg: ModelConfig, compute: Compute | None = None):
         d, h = cfg.decoder, cfg.decoder.hidden_size

@@ -1,7 +1,7 @@
 """SigLIP's tower over packed patches (NaViT style), and the connector into the decoder.
 
-Patches of several images lie in one stream; attention is full inside an image and nothing outside. Positions are a
-learned table indexed by the patch's row and column, without interpolation.
+Patches of several images lie in one stream; attention is full inside an image and nothing outside. Positions
+are a learned table indexed by the patch's row and column, without interpolation.
 
 Source: SigLIP (arXiv 2303.15343), NaViT (arXiv 2307.06304), as configured by BAGEL.
 """

@@ -1,9 +1,9 @@
 """The device mesh, and the one table from dimension names to mesh axes.
 
-Every array of the model names its dimensions (``models/params.py``). ``AXES`` says which mesh axis a name is split
-over; nothing else in the library mentions an axis. Axes are automatic (``AxisType.Auto``): the compiler propagates
-shardings, and the code pins them only at a few named points (``constrain``), so that the same functions run under a
-mesh, under none (a laptop), or under an abstract mesh for a pod that is not there.
+Every array of the model names its dimensions (``models/params.py``). ``AXES`` says which mesh axis a name is
+split over; nothing else in the library mentions an axis. Axes are automatic (``AxisType.Auto``): the compiler
+propagates shardings, and the code pins them only at a few named points (``constrain``), so that the same
+functions run under a mesh, under none (a laptop), or under an abstract mesh for a pod that is not there.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ def constrain(x: jax.Array, dims: Sequence[str | None], *, drop: Sequence[str] =
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def _without(
-    axes: str | tuple[str, ...] | None, drop: Sequence[str]
-) -> str | tuple[str, ...] | None:
+def _without(axes: str | tuple[str, ...] | None, drop: Sequence[str]) -> str | tuple[str, ...] | None:
     if axes is None or isinstance(axes, str):
         return None if axes in drop else axes
     kept = tuple(a for a in axes if a not in drop)
@@ -151,6 +149,4 @@ def put_batch(batch, mesh: Mesh | None):
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

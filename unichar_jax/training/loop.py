@@ -1,9 +1,10 @@
 """The training loop of both stages: step, log one step late, save, next batch.
 
-What a stage brings is a ``Program``: a jitted step over (state, batch) and the data it draws from. The loop owns the order
-of things, because the order is what makes a resumed run the run: the checkpoint of step n holds the state after n steps
-and the data's position after n batches. Metrics are fetched while the next step runs, so the device never waits for the
-log; every step's metrics are checked, and a NaN stops the run before it can reach a checkpoint.
+What a stage brings is a ``Program``: a jitted step over (state, batch) and the data it draws from. The loop
+owns the order of things, because the order is what makes a resumed run the run: the checkpoint of step n
+holds the state after n steps and the data's position after n batches. Metrics are fetched while the next step
+runs, so the device never waits for the log; every step's metrics are checked, and a NaN stops the run before
+it can reach a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: ``metrics.jsonl`` in the run's directory, and one line on the terminal.
 
-One JSON object a step, so any tool can plot it; resuming at step n first drops what an interrupted run wrote beyond n.
+One JSON object a step, so any tool can plot it; resuming at step n first drops what an interrupted run wrote
+beyond n.
 """
 
 from __future__ import annotations

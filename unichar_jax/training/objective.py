@@ -1,11 +1,11 @@
 """The Unified-SFT objective: cross-entropy on text plus flow error on latents, as (sum, weight) pairs.
 
-A term is never divided here. ``Terms`` are added over rows, devices and accumulated micro-batches, and divided once by
-the weight of the whole global batch (``combine``), so that accumulation and sharding change nothing. The two terms have
-different denominators: labelled tokens, and noised latent tokens.
+A term is never divided here. ``Terms`` are added over rows, devices and accumulated micro-batches, and
+divided once by the weight of the whole global batch (``combine``), so that accumulation and sharding change
+nothing. The two terms have different denominators: labelled tokens, and noised latent tokens.
 
-Rectified flow: ``x_t = (1 - t) x_0 + t n`` with velocity ``n - x_0`` (data to noise). Sources: BAGEL (arXiv 2505.14683),
-UniCharacter (arXiv 2605.08129) for the weights 0.25 and 1.
+Rectified flow: ``x_t = (1 - t) x_0 + t n`` with velocity ``n - x_0`` (data to noise). Sources: BAGEL (arXiv
+2505.14683), UniCharacter (arXiv 2605.08129) for the weights 0.25 and 1.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from unichar_jax.models.unified import UnifiedModel
 class Terms:
     """Sums and weights of both losses, in all and per task; float32.
 
-    ``ce``, ``mse``: sums; ``ce_weight``, ``mse_weight``: their denominators; ``task_*``: the same split by task
-    index, ``[num_tasks]`` each.
+    ``ce``, ``mse``: sums; ``ce_weight``, ``mse_weight``: their denominators; ``task_*``: the same split by
+    task index, ``[num_tasks]`` each.
     """
 
     ce: jax.Array
@@ -82,8 +82,9 @@ def cross_entropy_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted cross-entropy, in all and per task, over labelled tokens only.
 
-    Labelled tokens are brought to the front of each row and the head runs chunk by chunk; a chunk without labels
-    is not computed, and logits of at most ``[B, chunk, vocab]`` exist at a time (also in the backward pass).
+    Labelled tokens are brought to the front of each row and the head runs chunk by chunk; a chunk without
+    labels is not computed, and logits of at most ``[B, chunk, vocab]`` exist at a time (also in the backward
+    pass).
     """
     text = batch.text
     length = text.ids.shape[1]

@@ -3,9 +3,10 @@
     python -m unichar_jax.training.pretrain
 
 The same model, objective, step, loop and checkpoints as Unified-SFT; only the data differs
-(``data/miniworld/corpus.py``). Needs the mini autoencoder (``training/autoencoder.py``) in ``--out``. Stops and resumes
-at any checkpoint; writes a sheet of drawings beside its log as it goes, and at the end the averaged weights
-in BAGEL's own names, with configs and tokenizer, so that the result is a BAGEL directory like any other.
+(``data/miniworld/corpus.py``). Needs the mini autoencoder (``training/autoencoder.py``) in ``--out``. Stops
+and resumes at any checkpoint; writes a sheet of drawings beside its log as it goes, and at the end the
+averaged weights in BAGEL's own names, with configs and tokenizer, so that the result is a BAGEL directory
+like any other.
 """
 
 from __future__ import annotations

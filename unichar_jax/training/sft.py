@@ -1,8 +1,9 @@
 """Stage 1, Unified-SFT: from a configuration to a finished run.
 
-Initialisation, in order of priority: the latest complete checkpoint in ``run_dir``; else the weights of ``base``; else, if
-``base`` is a preset's name, random weights of that size (and then the run says so first). The run's directory is itself a
-model directory: configs, tokenizer and autoencoder lie beside ``checkpoints/``, so inference needs nothing else.
+Initialisation, in order of priority: the latest complete checkpoint in ``run_dir``; else the weights of
+``base``; else, if ``base`` is a preset's name, random weights of that size (and then the run says so first).
+The run's directory is itself a model directory: configs, tokenizer and autoencoder lie beside
+``checkpoints/``, so inference needs nothing else.
 
 Source: UniCharacter (arXiv 2605.08129), Unified-SFT; BAGEL (arXiv 2505.14683) for the objective.
 """

@@ -1,7 +1,8 @@
 """The state of a training run, and the pure functions that make and assemble it.
 
-Parameters are flat ``{name: array}`` dictionaries split into what is trained and what is frozen, so optimiser state, EMA,
-checkpoints and logs all speak in the same readable names. ``Layout`` puts them back into the module.
+Parameters are flat ``{name: array}`` dictionaries split into what is trained and what is frozen, so optimiser
+state, EMA, checkpoints and logs all speak in the same readable names. ``Layout`` puts them back into the
+module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One optimiser step of Unified-SFT: a pure function of (state, global batch), under ``jax.jit``.
 
-Randomness is a function of (seed, step, purpose): a resumed run draws what the unbroken run drew. Accumulation takes every
-A-th row of the batch as one micro-batch, divides by the weights of the whole batch, and so equals the large batch.
+Randomness is a function of (seed, step, purpose): a resumed run draws what the unbroken run drew.
+Accumulation takes every A-th row of the batch as one micro-batch, divides by the weights of the whole batch,
+and so equals the large batch.
 """
 
 from __future__ import annotations

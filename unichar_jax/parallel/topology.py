@@ -1,0 +1,139 @@
+"""Accelerators by name: their limits, and described devices to compile for without having any.
+
+``v5e:8x8`` is a TPU slice, ``h200:1x1x8`` are GPUs (slices x hosts x devices). TPU programs are compiled by
+libtpu, which runs on a CPU host; NVIDIA's by the CUDA plugin, which can be told a GPU's properties in place
+of finding one.
+
+Peaks are dense bf16, from Google's and NVIDIA's data sheets; link is one device's bandwidth to its neighbours
+inside a slice or a node.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from unichar_jax.errors import UserError, did_you_mean
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device: bf16 FLOP/s, memory (bytes that a program may use), bytes/s of memory and of the links."""
+
+    name: str
+    platform: str
+    flops: float
+    memory: float
+    bandwidth: float
+    link: float
+
+
+CHIPS: dict[str, Chip] = {
+    c.name: c
+    for c in (
+        Chip("v5e", "tpu", 197e12, 15.75 * GIB, 819e9, 90e9),
+        Chip("v5p", "tpu", 459e12, 95 * GIB, 2765e9, 270e9),
+        Chip("v6e", "tpu", 918e12, 31.25 * GIB, 1640e9, 180e9),
+        Chip("h100", "cuda", 989e12, 80e9, 3350e9, 450e9),
+        Chip("h200", "cuda", 989e12, 141e9, 4800e9, 450e9),
+    )
+}
+
+# What the CUDA compiler asks of a device, where none is there (a GpuTargetConfigProto in text). Of the two
+# Hopper chips here, only the memory differs.
+_HOPPER = """gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132  fpus_per_core: 128  threads_per_warp: 32
+  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f}  device_memory_size: {memory:.0f}
+  l2_cache_size: 52428800  clock_rate_ghz: 1.98
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "NVIDIA {name}"
+"""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """``size`` devices of one kind. ``text`` is how the user named it."""
+
+    text: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @classmethod
+    def parse(cls, text: str) -> Topology:
+        """Reads ``chip:AxB`` or ``chip:AxBxC``."""
+        name, _, shape = text.partition(":")
+        if name not in CHIPS:
+            raise UserError(
+                f"topology '{text}': chip '{name}' is unknown{did_you_mean(name, CHIPS)}; expected one of"
+                f" {', '.join(CHIPS)}."
+            )
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+            example = "h200:1x1x8" if CHIPS[name].platform == "cuda" else "v5e:8x8"
+            raise UserError(f"topology '{text}': expected chip:AxB or chip:AxBxC, such as {example}.")
+        return cls(text, CHIPS[name], tuple(map(int, shape.split("x"))))
+
+    def devices(self) -> Sequence[Any]:
+        """Described devices: fit for a mesh and for compilation, not for running.
+
+        Raises:
+          UserError: the compiler for this platform is not installed, or refuses the topology.
+        """
+        from jax.experimental import topologies
+
+        try:
+            if self.chip.platform == "tpu":
+                _require_tpu_compiler()
+                return topologies.get_topology_desc(platform="tpu", topology_name=self.text).devices
+            _require_cuda_compiler()
+            return topologies.get_topology_desc(
+                platform="cuda",
+                topology_name="",
+                topology="x".join(map(str, (1,) * (3 - len(self.shape)) + self.shape)),
+                target_config=_HOPPER.format(
+                    name=self.chip.name.upper(), memory=self.chip.memory, bandwidth=self.chip.bandwidth
+                ),
+            ).devices
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            raise UserError(
+                f"topology '{self.text}': the compiler refuses it: {str(error).splitlines()[0]}"
+            ) from None
+
+
+def _require_tpu_compiler() -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning for TPUs needs the TPU compiler (libtpu), which runs on a CPU host too:"
+            " pip install 'unichar-jax[tpu]'."
+        )
+    # Nothing is run: no metadata server to ask, no chip to lock.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def _require_cuda_compiler() -> None:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise UserError(
+            "planning for NVIDIA GPUs needs the CUDA compiler, which runs on a CPU host too:"
+            " pip install 'unichar-jax[cuda]', or without CUDA's libraries:"
+            f" pip install --no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}."
+        )
