@@ -1,0 +1,244 @@
+"""Reading programs (FLOPs against the formula, collectives as often as their loop runs), and the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from unichar_jax.config.model import model_preset
+from unichar_jax.config.train import OptimizerConfig, SFTConfig
+from unichar_jax.errors import UserError
+from unichar_jax.models import flops
+from unichar_jax.models.decoder import Compute
+from unichar_jax.parallel import program, topology
+from unichar_jax.parallel.mesh import MeshConfig, make_mesh
+from unichar_jax.parallel.program import Collective, Memory
+from unichar_jax.parallel.topology import CHIPS, Topology
+from unichar_jax.training import plan as plan_lib
+
+MODEL = model_preset("debug")
+CAPACITIES = (96, 64, 64)
+
+
+def traced_step(**compute):
+    """The training step of the debug model on one device, traced."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    cfg = SFTConfig(compute=Compute(dtype="float32", attention="reference", **compute), ce_chunk=96)
+    with jax.set_mesh(mesh):
+        step, state, _ = plan_lib.abstract_run(cfg, MODEL, mesh)
+        batch = plan_lib.abstract_batch(MODEL, CAPACITIES, 1, mesh)
+        return program.count_flops(jax.jit(step).trace(state, batch).jaxpr.jaxpr)
+
+
+def useful() -> float:
+    """By formula: the reference kernel scores all pairs."""
+    text, vit, latent = CAPACITIES
+    return flops.train_step(MODEL, flops.Work(text, vit, latent, text, sum(CAPACITIES) ** 2, vit**2))
+
+
+def test_flops_of_the_step_are_those_of_the_formula():
+    # Inputs need no gradient, and the head's chunk is recomputed: a few percent at this size.
+    counted, head = traced_step().dense, 2 * 64 * MODEL.decoder.vocab_size * CAPACITIES[0]
+    assert counted - head == pytest.approx(useful(), rel=0.03)
+
+
+def test_full_rematerialisation_costs_a_forward_pass():
+    decoder, vision = MODEL.decoder, MODEL.vision
+    layers = decoder.num_layers * flops.decoder_layer(decoder, sum(CAPACITIES), sum(CAPACITIES) ** 2)
+    layers += vision.num_layers * flops.vision_layer(vision, CAPACITIES[1], CAPACITIES[1] ** 2)
+    more = traced_step(remat="full").dense - traced_step().dense
+    # The last product of a layer is not needed again.
+    assert 0.75 * layers < more <= layers
+
+
+def test_a_scanned_layer_counts_as_often_as_it_runs():
+    def f(w, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    w, x = jnp.ones((5, 8, 8)), jnp.ones((4, 8))
+    assert program.count_flops(jax.make_jaxpr(f)(w, x).jaxpr).dense == 5 * 2 * 4 * 8 * 8
+
+
+def test_of_branches_the_dearest_counts():
+    def f(p, x):
+        return jax.lax.cond(p, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    assert program.count_flops(jax.make_jaxpr(f)(True, jnp.ones((8, 8))).jaxpr).dense == 2 * 2 * 8**3
+
+
+@pytest.fixture(scope="module")
+def sharded_scan():
+    """Five layers whose weights are gathered one by one, on four devices."""
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+
+    def shape(shape, *spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def f(w, x):
+        def layer(x, w):
+            w = jax.lax.with_sharding_constraint(w, PartitionSpec())
+            return jnp.tanh(x @ w), None
+
+        return jax.lax.scan(layer, x, w)[0].sum()
+
+    with jax.set_mesh(mesh):
+        arguments = shape((5, 64, 64), None, "fsdp"), shape((8, 64), "fsdp")
+        return jax.jit(f).lower(*arguments).compile()
+
+
+def test_collectives_count_as_often_as_their_loop_runs(sharded_scan):
+    found = {c.kind: c for c in program.collectives(sharded_scan.as_text())}
+    gathered = 5 * 64 * 64 * 4
+    assert found["all-gather"] == Collective("all-gather", 5, gathered, gathered * 3 / 4)
+    assert found["all-reduce"] == Collective("all-reduce", 1, 4, 4 * 2 * 3 / 4)
+
+
+def test_memory_by_kind(sharded_scan):
+    memory = Memory.of(sharded_scan)
+    assert memory.arguments == (5 * 64 * 64 + 8 * 64) * 4 / 4
+    assert memory.device == memory.arguments + memory.outputs + memory.temporaries + memory.code
+
+
+TPU_TEXT = """\
+HloModule step
+
+%all-reduce-scatter.3 (input: f32[64,64]) -> f32[8,64] {
+  %input = f32[64,64]{1,0} parameter(0)
+  %all-reduce.1 = f32[64,64]{1,0} all-reduce(%input), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}
+  ROOT %slice = f32[8,64]{1,0} dynamic-slice(%all-reduce.1, %input)
+}
+
+%start (p: bf16[8,64]) -> bf16[64,64] {
+  %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[64,64]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=3,
+  replica_groups=mesh['a'=1,'b'=8] {'b'}
+}
+
+%done (p.1: bf16[8,64]) -> bf16[64,64] {
+  %p.1 = bf16[8,64]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[64,64] all-gather(%p.1), channel_id=3, replica_groups=mesh['a'=1,'b'=8] {'b'}
+}
+
+%condition (c: (s32[])) -> pred[] {
+  %twenty-eight = s32[]{:T(128)} constant(28)
+  %c = (s32[]{:T(128)}) parameter(0)
+  ROOT %lt = pred[] compare(%c, %twenty-eight), direction=LT
+}
+
+%body (b: (s32[])) -> (s32[]) {
+  %b = (s32[], /*index=1*/bf16[8,64]) parameter(0)
+  %s = bf16[64,64] fusion(%b), kind=kCustom, calls=%start
+  %kernel = bf16[8,64] custom-call(%b), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="x"}
+  %d = bf16[64,64] fusion(%s), kind=kCustom, calls=%done
+  ROOT %r = f32[8,64] fusion(%d), kind=kCustom, calls=%all-reduce-scatter.3
+}
+
+ENTRY %main (x: s32[]) -> (s32[]) {
+  %x = s32[] parameter(0)
+  ROOT %while.1 = (s32[], f32[8,64]) while(%x), condition=%condition, body=%body
+}
+"""
+
+
+def test_what_the_tpu_compiler_writes():
+    """Its loops state no count, its reduce-scatter is a fusion, and its gathers stand in pieces."""
+    gather, reduce = program.collectives(TPU_TEXT)
+    assert gather == Collective("all-gather", 28, 28 * 64 * 64 * 2, 28 * 64 * 64 * 2 * 7 / 8)
+    assert reduce == Collective("reduce-scatter", 28, 28 * 64 * 64 * 4, 28 * 64 * 64 * 4 * 7 / 8)
+
+
+def test_topologies():
+    pod = Topology.parse("v5e:8x8")
+    assert (pod.chip, pod.size) == (CHIPS["v5e"], 64)
+    assert Topology.parse("h200:1x1x8").size == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v6:8x8", "chip 'v6' is unknown .did you mean 'v6e'"),
+        ("v5e:64", "expected chip:AxB or chip:AxBxC, such as v5e:8x8"),
+        ("h200", "such as h200:1x1x8"),
+    ],
+)
+def test_a_wrong_topology_is_explained(text, message):
+    with pytest.raises(UserError, match=message):
+        Topology.parse(text)
+
+
+@pytest.mark.parametrize(("text", "extra"), [("v5e:2x4", "tpu"), ("h200:1x1x8", "cuda")])
+def test_an_absent_compiler_names_its_extra(monkeypatch, text, extra):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"pip install 'unichar-jax\[{extra}\]'"):
+        Topology.parse(text).devices()
+
+
+def changes(cfg: SFTConfig, text: str = "v5e:8x8") -> list[str]:
+    """Names of the settings that are proposed for the full model, in order."""
+    model, where = model_preset("bagel-7b"), Topology.parse(text)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    _, state, _ = plan_lib.abstract_run(cfg, model, mesh)
+    found = plan_lib.cheapest_changes(cfg, model, where, state, 12_288)
+    assert all(saved > 0 for _, saved in found)
+    return [change.split(" ")[0] for change, _ in found]
+
+
+def test_cheapest_changes_come_first_and_are_not_proposed_twice():
+    costly = SFTConfig(optimizer=OptimizerConfig(ema_decay=0.999))
+    assert changes(costly)[:4] == [
+        "compute.remat",
+        "compute.remat",
+        "optimizer.first_moment_dtype",
+        "optimizer.ema_decay",
+    ]
+    lean = SFTConfig(
+        compute=Compute(remat="offload_inputs"),
+        optimizer=OptimizerConfig(first_moment_dtype="bfloat16"),
+    )
+    assert changes(lean)[0] == "a"  # a larger topology
+
+
+def test_plan_and_report(monkeypatch):
+    """A small step compiled for two devices that are here, in place of GPUs."""
+    monkeypatch.setattr(Topology, "devices", lambda self: jax.devices()[: self.size])
+    model = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, num_layers=1))
+    data = dataclasses.replace(SFTConfig().data, capacities=(32, 0, 16))
+    cfg = SFTConfig(data=data, compute=Compute(attention="reference"))
+    plan = plan_lib.make_plan(cfg, model, Topology.parse("h200:1x2"))
+    assert plan.fits
+    text = plan_lib.report(plan)
+    assert "it fits" in text
+    assert "reference - a stand-in, unproven" in text
+    state = 3 * 4 * plan.parameters / 2  # weights and both moments in float32 on two devices
+    assert plan.memory.arguments == pytest.approx(state, rel=0.1)
+    assert {c.kind for c in plan.collectives} >= {"all-gather", "all-reduce"}
+    assert plan.to_dict()["topology"] == "h200:1x2"
+
+    small = dataclasses.replace(CHIPS["h200"], memory=1e3)
+    tight = dataclasses.replace(plan, topology=dataclasses.replace(plan.topology, chip=small))
+    assert not tight.fits
+    assert "does NOT fit" in plan_lib.report(tight)
+    assert tight.changes[0][0] in plan_lib.report(tight)
+
+
+def test_what_the_compiler_says_when_it_finds_no_room():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm."
+    assert plan_lib._bytes_asked(message) == 17.25 * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra (libtpu)")
+def test_the_debug_step_compiles_for_a_tpu_slice():
+    cfg = SFTConfig(compute=Compute(remat="offload_inputs", attention="auto"))
+    plan = plan_lib.make_plan(cfg, MODEL, Topology.parse("v5e:2x4"))
+    assert plan.fits
+    assert (plan.kernel, plan.proven) == ("splash", True)
+    assert plan.memory.host > 0
+    assert {c.kind for c in plan.collectives} >= {"all-gather", "reduce-scatter"}
