@@ -17,4 +17,5 @@ prepare_environment "${extras[@]}"
 ruff format --check .
 ruff check .
 mypy
-exec python -m pytest ${marks:+-m "$marks"} "$@"
+# Two workers: compiling takes most of the time and uses one core.
+exec python -m pytest --numprocesses "${UNICHAR_TEST_WORKERS:-2}" --dist loadfile ${marks:+-m "$marks"} "$@"

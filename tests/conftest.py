@@ -16,6 +16,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# Many tests compile the same small programs; the cache is shared by the workers of a run and by later runs.
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".pytest_cache" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
 
 @pytest.fixture(scope="session")
 def rolescape_dir() -> Path:

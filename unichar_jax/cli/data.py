@@ -44,7 +44,11 @@ def new(
     return 0
 
 
-def build(source: Annotated[Path | None, tyro.conf.Positional] = None, out: Path = Path("data/tfds"), character: str = "all") -> int:
+def build(
+    source: Annotated[Path | None, tyro.conf.Positional] = None,
+    out: Path = Path("data/tfds"),
+    character: str = "all",
+) -> int:
     """Builds the TFDS dataset 'rolescape20' (ArrayRecord; no TensorFlow needed).
 
     Args:

@@ -14,7 +14,7 @@ from unichar_jax.errors import UserError, did_you_mean
 
 # name -> (module, function, one line of help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "quickstart": ("unichar_jax.cli.quickstart", "main", "customise a character on this machine, now; ends with a report"),
+    "quickstart": ("unichar_jax.cli.quickstart", "main", "customise a character on this machine, now"),
     "convert": ("unichar_jax.cli.convert", "convert", "PyTorch safetensors <-> Orbax, both ways, with accounting"),
     "inspect": ("unichar_jax.cli.convert", "inspect", "tensors, shapes, dtypes and parameter counts of a model"),
     "diff": ("unichar_jax.cli.convert", "diff", "which tensors of two models differ, and by how much"),
