@@ -50,8 +50,8 @@ class HackingWatch:
         if now <= before.mean() + before.std() or spread_now >= LOST_DIVERSITY * spread_before:
             return None
         return (
-            f"warning: the reward rose from {before.mean():.3f} to {now:.3f} while the pictures of a group came"
-            f" closer together, from {spread_before:.3f} to {spread_now:.3f}: the policy may have found a trick. Look at"
+            f"warning: the reward rose from {before.mean():.3f} to {now:.3f} while the pictures of a group"
+            f" came closer together, from {spread_before:.3f} to {spread_now:.3f}: the policy may have found a trick. Look at"
             " the pictures; raise the weight of diversity or of kl, or stop earlier."
         )
 
