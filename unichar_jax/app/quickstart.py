@@ -106,5 +106,7 @@ def run(cfg: Quickstart) -> Path:
     print(f"\nyou:   {turn.user}\n{play.persona.name}:  {turn.reply}")
     print(f"\nreply and picture: {transcript}")
     print(f"the run:           {made}   ({(time.perf_counter() - started) / 60:.1f} minutes)")
-    print(f"\nnext:  unichar chat {made}\n       unichar draw {made} \"{cfg.character} is waving in the snow.\" -n 8")
+    print(
+        f'\nnext:  unichar chat {made}\n       unichar draw {made} "{cfg.character} is waving in the snow." -n 8'
+    )
     return made
