@@ -6,8 +6,8 @@ samples first, sample by sample in sequence order, then the noised images, each 
 image as well; the lower bound is left to sample ids. What a query sees fits one int32 (``Code``), so a kernel
 needs no mask in memory.
 
-It holds for every mask of ours because an image's tokens, delimiters included, are contiguous in the sample's
-order.
+It holds for every mask of ours: an image's tokens, delimiters included, are contiguous in the sample's order,
+and only images are noised.
 """
 
 from __future__ import annotations
