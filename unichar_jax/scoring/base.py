@@ -126,7 +126,7 @@ def weighted_sum(scores: Mapping[str, np.ndarray], weights: Mapping[str, float])
                 f"reward weights: there is no scorer '{name}'{did_you_mean(name, scores)}; expected one of"
                 f" {', '.join(scores)}."
             )
-    return np.sum([w * scores[n] for n, w in weights.items()], axis=0, dtype=np.float32)
+    return np.asarray(sum(w * scores[n] for n, w in weights.items()), np.float32)
 
 
 # -- helpers for scorers ------------------------------------------------------------------------------------

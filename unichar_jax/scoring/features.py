@@ -39,23 +39,21 @@ class ImageEncoder:
             images = constrain(images, ("batch", None, None, None))
             return unit(apply(module, images))
 
-        self._module, self._batch_size = module, batch_size
+        # Two programs: pictures come in several sizes, and only the small one compiles anew for each.
         self._preprocess, self._encode = jax.jit(preprocess), jax.jit(encode)
-        self._encode_pictures = jax.jit(lambda m, images: encode(m, preprocess(images)))
+        self._module, self._batch_size = module, batch_size
         self._cache = FeatureCache()
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Pictures ``[N, H, W, 3]`` in [0, 1] to unit vectors ``[N, D]``, float32."""
-        return in_batches(lambda x: self._encode_pictures(self._module, x), images, self._batch_size)
+        return in_batches(lambda x: self._encode(self._module, self._preprocess(x)), images, self._batch_size)
 
     def references(self, references: References) -> np.ndarray:
         """Unit vectors ``[R, D]`` of reference pictures of any sizes; computed once for each content."""
 
         def compute(places: list[int]) -> np.ndarray:
-            # Sizes differ: resize one by one, so that only the resizing compiles anew.
-            pictures = [jnp.asarray(references.pictures[i])[None] / 255 for i in places]
+            pictures = (jnp.asarray(references.pictures[i])[None] / 255 for i in places)
             ready = jnp.concatenate([self._preprocess(p) for p in pictures])
-            encode = lambda x: self._encode(self._module, x)  # noqa: E731
-            return np.asarray(in_batches(encode, ready, self._batch_size))
+            return np.asarray(in_batches(lambda x: self._encode(self._module, x), ready, self._batch_size))
 
         return self._cache.get(references.keys, compute)

@@ -95,8 +95,8 @@ class Lpips(nnx.Module):
     def distance(self, a: Features, b: Features) -> jax.Array:
         """LPIPS ``[B]`` of features that broadcast against each other."""
         maps = (lin(jnp.square(x - y)) for lin, x, y in zip(self.lin, a, b, strict=True))
-        return sum(m.mean(axis=(1, 2, 3)) for m in maps)
+        return jnp.stack([m.mean(axis=(1, 2, 3)) for m in maps]).sum(axis=0)
 
     def pairwise(self, features: Features) -> jax.Array:
         """LPIPS of all pairs, ``[B, B]``; one row at a time, to hold one row of differences."""
-        return jax.lax.map(lambda one: self.distance([x[None] for x in one], features), features)
+        return jax.lax.map(lambda one: self.distance(tuple(x[None] for x in one), features), features)
