@@ -115,7 +115,7 @@ def test_a_run_from_start_to_files_and_a_refined_decoder(tmp_path):
         pictures=8,
         measured=8,
         crop=16,
-        batch=2,
+        batch=1,
     )
     first = ae.publish(cfg, ae.train(cfg))
     weights = cfg.out / "ae.safetensors"

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -215,10 +216,11 @@ def fit(
     """Trains, or resumes, until the budget is spent.
 
     Args:
-      budget: see there. weights: where to start if ``budget.work`` has no state. loss_fn: ``(weights,
-      batch, key) -> (loss, metrics)``; metrics are scalars and are logged as means. batch_fn:
-      ``(generator of this step, progress) -> `` a tree of arrays with a leading batch dimension that the
-        devices divide between them.
+      budget: see there.
+      weights: where to start if ``budget.work`` has no state.
+      loss_fn: ``(weights, batch, key) -> (loss, metrics)``; metrics are scalars, logged as means.
+      batch_fn: ``(generator of this step, progress) ->`` a tree of arrays with a leading batch dimension,
+        which as many devices share as divide it.
       evaluate: measures the averaged weights at every report.
       clock: seconds.
 
@@ -231,7 +233,8 @@ def fit(
     if state_path.exists():
         state = load_state(state_path, state)
     # Two simulated devices (XLA_FLAGS=--xla_force_host_platform_device_count=2) make better use of two cores.
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    rows = len(jax.tree.leaves(batch_fn(np.random.default_rng(0), 0.0))[0])
+    mesh = Mesh(np.array(jax.devices()[: math.gcd(rows, jax.device_count())]), ("data",))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, PartitionSpec("data"))
     step_fn = make_step(budget, loss_fn)
