@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from unichar_jax.checkpoint.safetensors_io import open_file, write_file
+from unichar_jax.config.model import ModelConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -20,14 +23,21 @@ def golden_dir() -> Path:
     return Path(os.environ.get("UNICHAR_GOLDEN_DIR", REPOSITORY / "tests" / "golden" / "tiny"))
 
 
+def special_ids(folder: Path) -> tuple[int, ...]:
+    """The ids that the model of ``folder`` gives ``SPECIAL``."""
+    return dataclasses.astuple(ModelConfig.from_bagel(folder).special_tokens)
+
+
 def write_tokenizer(folder: Path, special: tuple[str, ...] = SPECIAL) -> None:
-    """A byte-level BPE tokenizer of single bytes: id 0 pads, then the special tokens, then the bytes."""
+    """A byte-level BPE tokenizer of single bytes around the model's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|endoftext|>", *special, *alphabet]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    vocabulary = dict(zip(special, special_ids(folder), strict=True))
+    free = (i for i in itertools.count() if i not in vocabulary.values())
+    plain = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary |= dict(zip(plain, list(itertools.islice(free, len(plain))), strict=True))
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(

@@ -69,12 +69,14 @@ def test_round_trip_is_bit_identical(bagel: Path, tmp_path: Path, dtype) -> None
 def test_shards_in_and_out(bagel: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     convert.convert(bagel, whole)
-    convert.convert(whole, tmp_path / "shards", max_shard_bytes=300_000)
+    sizes = [x.nbytes for x in tensors_of(bagel / "ema.safetensors").values()]
+    limit = max(*sizes, sum(sizes) // 4)
+    convert.convert(whole, tmp_path / "shards", max_shard_bytes=limit)
     files = sorted(p.name for p in (tmp_path / "shards").glob("model-*.safetensors"))
     assert len(files) > 2
     assert not (tmp_path / "shards" / "ema.safetensors").exists()
     assert all(
-        sum(t.nbytes for t in open_file(tmp_path / "shards" / f).tensors.values()) <= 300_000 for f in files
+        sum(t.nbytes for t in open_file(tmp_path / "shards" / f).tensors.values()) <= limit for f in files
     )
     index = json.loads((tmp_path / "shards" / weights.INDEX_FILE).read_text())["weight_map"]
     assert {n: f for f in files for n in open_file(tmp_path / "shards" / f).tensors} == index
@@ -407,7 +409,7 @@ def test_memory_is_bounded_by_the_group(tmp_path: Path) -> None:
     back = measure(tmp_path / "orbax", tmp_path / "back", 8 << 20)
     for measured in (there, back):
         assert 16 * measured["largest"] < measured["all"], measured
-        assert 2 * measured["peak"] < measured["all"], measured
+        assert measured["largest"] < measured["peak"] < measured["all"] / 2, measured
     assert_same_file(tmp_path / "src" / "ema.safetensors", tmp_path / "back" / "ema.safetensors")
 
 

@@ -137,7 +137,8 @@ def plan(
 
     Args:
       src: a BAGEL directory or one of its safetensors files (converted to Orbax), or a model directory or
-        training step (exported to safetensors).
+        training step (exported to safetensors). Of a directory with both ``ema.safetensors`` and
+        ``model.safetensors`` the former is taken; name the file to take the latter.
       dst: the directory that ``execute`` will write.
       dtype: of the written model, ``float32``, ``bfloat16`` or ``float16``; by default each array keeps its
         own. The autoencoder always keeps its own.
