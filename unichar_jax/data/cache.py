@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,8 @@ class ImageCache:
     def _read(self, name: str, tokens: int, axis: int) -> np.ndarray | None:
         if name not in self._memory and self.folder is not None:
             try:
-                value = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+                with _HEADERS:
+                    value = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError):  # absent, or damaged: computed again
                 return None
             if value.ndim <= axis or value.shape[axis] != tokens:
@@ -205,6 +207,9 @@ class ImageCache:
                 os.unlink(temporary)
             raise
 
+
+_HEADERS = threading.Lock()
+"""Held while NumPy parses a file's header: Python 3.11's parser fails if two threads use it at once."""
 
 _LEVELS = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 """The model's value of each of a picture's 256 levels; looking it up is the fastest conversion."""

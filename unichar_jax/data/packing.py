@@ -118,15 +118,20 @@ def _best_fit(values: Sequence[int], free: Sequence[int]) -> list[int] | None:
     return where
 
 
-def longest_fit(sizes: np.ndarray, capacities: Sequence[int], rows: int) -> tuple[int, np.ndarray]:
-    """The longest prefix of the samples that is found to pack into ``rows`` rows, and their rows."""
+def longest_fit(
+    sizes: np.ndarray, capacities: Sequence[int], rows: int, tolerance: float = 0.003
+) -> tuple[int, np.ndarray]:
+    """The longest prefix of the samples that is found to pack into ``rows`` rows, and their rows.
+
+    The search stops at ``tolerance``: the part of the samples that is not worth another attempt.
+    """
     volume = np.asarray(capacities) * rows
     bound = int((np.cumsum(sizes, axis=0) <= volume).all(axis=1).sum())
-    tolerance = bound // 500  # a fifth of a percent more is not worth another attempt
+    enough = 1 + int(tolerance * bound)
     low, best = 0, np.empty(0, int)
     for spread in _SPREADS:
-        high, step, probe = bound + 1, max(1, bound // 40), bound
-        while high - low > 1 + tolerance:
+        high, step, probe = bound + 1, max(1, bound // 50), bound
+        while high - low > enough:
             found = pack(sizes[:probe], capacities, rows, spread)
             if found is None:
                 high, step = probe, step * 2
@@ -136,6 +141,8 @@ def longest_fit(sizes: np.ndarray, capacities: Sequence[int], rows: int) -> tupl
                 low, best = probe, found
                 probe = (low + high) // 2
             probe = max(probe, low + 1)
+        if low >= 0.98 * bound:
+            break
     return low, best
 
 
@@ -237,7 +244,7 @@ class Planner:
 
 
 class Capacities(NamedTuple):
-    """Chosen budgets, and how full rows got in a trial window."""
+    """Chosen budgets, and how full rows get, measured where they were not chosen."""
 
     sizes: Sizes
     fill: float
@@ -283,18 +290,18 @@ def derive_capacities(
             text = high - vit - latent  # where no picture limits the draws, words do
             if draws < len(trial.sizes):
                 text = min(text, align(1.01 * trial.volume[draws, 0] / trial.rows, unit))
-            text = max(text, words, low - vit - latent) // unit * unit
+            text = max(text // unit * unit, words, align(low - vit - latent, unit))
             if text + vit + latent <= high:
                 draws = min(draws, int((trial.volume[1:, 0] <= text * trial.rows).sum()))
                 tokens = trial.volume[draws].sum() / trial.rows
                 candidates[Sizes(text, vit, latent)] = tokens / (text + vit + latent)
     ranked = sorted(candidates, key=lambda c: (-candidates[c], c))
-    best = max((Capacities(c, trial.fill(c)) for c in ranked[:4]), key=lambda c: c.fill)
-    for more in (1.03, 1.06):  # words rarely spread evenly over rows
+    best = max((Capacities(c, trial.fill(c)) for c in ranked[:5]), key=lambda c: c.fill)
+    for more in (1.04,):  # words rarely spread evenly over rows
         capacities = best.sizes._replace(text=align(best.sizes.text * more, unit))
         if capacities.total <= high:
             best = max(best, Capacities(capacities, trial.fill(capacities)), key=lambda c: c.fill)
-    return best
+    return try_capacities(mixture, sizes, best.sizes, seed + 1, window)
 
 
 def try_capacities(
@@ -381,13 +388,13 @@ class _Trial:
     def fill(self, capacities: Sizes) -> float:
         count = 0
         for _ in range(_TRIAL_WINDOWS):
-            count += longest_fit(self.sizes[count:], capacities, self.window)[0]
+            count += longest_fit(self.sizes[count:], capacities, self.window, 0.01)[0]
         return float(self.volume[count].sum() / (capacities.total * self.rows))
 
     def grid(self, stream: int) -> list[int]:
         """Capacities to try for an image stream: the smallest possible one, then even steps."""
         first = align(self.largest[stream], self.unit)
-        step = align(self.tokens / 320, self.unit)
+        step = align(self.tokens / 200, self.unit)
         return [first, *range(align(first + 1, step), int(HIGH * self.tokens) + 1, step)]
 
     @functools.cache  # noqa: B019 - a trial lives for one derivation
@@ -422,12 +429,15 @@ class _Trial:
 
 
 def _fit_one(values: np.ndarray, capacity: int, rows: int) -> int:
-    """Length of the longest prefix of one stream's sizes that best-fit decreasing packs."""
+    """Length of the longest prefix of one stream's sizes that best-fit decreasing packs, to 1 %."""
     low, high = 0, int((np.cumsum(values) <= capacity * rows).sum())
+    middle = high
     while low < high:
-        middle = (low + high + 1) // 2
         if _best_fit(sorted(values[:middle].tolist(), reverse=True), [capacity] * rows) is not None:
             low = middle
         else:
             high = middle - 1
+        if high - low <= 0.01 * high and low:
+            break
+        middle = max(int(0.95 * high), (low + high + 1) // 2)
     return low
