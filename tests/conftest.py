@@ -39,9 +39,7 @@ def draw_picture(path: Path, shade: int, size: tuple[int, int] = (40, 32)) -> No
     """A small picture with some structure; odd shades are partly transparent."""
     mode = "RGBA" if shade % 2 else "RGB"
     image = Image.new(mode, size, (255, 255, 255, 0)[: len(mode)])
-    ImageDraw.Draw(image).ellipse(
-        (4, 4, 28, 28), fill=(40 * shade % 256, 90, 160, 255)[: len(mode)]
-    )
+    ImageDraw.Draw(image).ellipse((4, 4, 28, 28), fill=(40 * shade % 256, 90, 160, 255)[: len(mode)])
     image.save(path)
 
 
@@ -79,8 +77,7 @@ def write_tiny_character(folder: Path, scenes: int) -> None:
         machine["generation_instruction"] = f"A blue circle, {i} o'clock."
         if folder.parent.name == "train":
             machine["qa_pairs"] = [
-                {"question": f"Colour {q}?", "answer": "Blue.", "type": "objective"}
-                for q in range(2)
+                {"question": f"Colour {q}?", "answer": "Blue.", "type": "objective"} for q in range(2)
             ]
             machine["mcq_items"] = [_choice(q) for q in range(2)]
     write_json(folder / "Tess_with_image.json", meta | {"scenes": rich})
@@ -95,9 +92,7 @@ def write_tiny_character(folder: Path, scenes: int) -> None:
         ]
         for i in range(3)
     ]
-    write_json(
-        folder / "Tess_dialogue_text_extension_train.json", meta | {"scenes": spoken + turns}
-    )
+    write_json(folder / "Tess_dialogue_text_extension_train.json", meta | {"scenes": spoken + turns})
     write_json(folder / "Tess_dialogue_text_extension_test.json", meta | {"scenes": spoken[:2]})
     items = [
         {
@@ -115,12 +110,8 @@ def write_tiny_character(folder: Path, scenes: int) -> None:
     write_json(folder / "Tess_knowledge_qa.json", meta | {"qa_items": items})
     choices = [_choice(i) | {"evidence": "profile"} for i in range(3)]
     write_json(folder / "Tess_knowledge_qa_test.json", meta | {"mcq_items": choices})
-    write_json(
-        folder / "Tess_memorization_test.json", meta | {"test_questions": ["Where are you?"]}
-    )
-    write_json(
-        folder / "Tess_personality_test.json", meta | {"test_questions": ['"Who?"', 'Say "no" now']}
-    )
+    write_json(folder / "Tess_memorization_test.json", meta | {"test_questions": ["Where are you?"]})
+    write_json(folder / "Tess_personality_test.json", meta | {"test_questions": ['"Who?"', 'Say "no" now']})
     (folder / "Tess_full_profile.txt").write_text("Tess is a circle.", encoding="utf-8")
     (folder / "Tess_personality_simplified_profile.txt").write_text("Calm.", encoding="utf-8")
 

@@ -50,7 +50,7 @@ def results(label: str, level: float, seed: int, rewarded: tuple[str, ...] = ())
     for item in range(12):
         nats = float(1.4 - level + rng.normal(0, 0.05))
         records.append(Record("reply_likelihood", "Pip", f"r/{item}", 0, {"nats_per_char": nats}))
-    left_out = {"judged": "no judge was named; give --judge.url and --judge.model"}
+    left_out = {"judged": "no judge was named; give --judge-url and --judge-model"}
     return Results(label, label, tuple(records), rewarded, left_out)
 
 

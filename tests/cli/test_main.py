@@ -37,8 +37,7 @@ def test_a_users_mistake_shows_no_stack_trace(capsys, tmp_path):
 
 def test_help_needs_no_jax():
     code = (
-        "import sys; from unichar_jax.cli.main import main; main(['--help']);"
-        " sys.exit('jax' in sys.modules)"
+        "import sys; from unichar_jax.cli.main import main; main(['--help']); sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 

@@ -1,6 +1,6 @@
 """Every shipped configuration, dumped: a changed default shows up as a changed file.
 
-    python -m tests.config.test_presets      writes the dumps anew, after a change that was meant
+python -m tests.config.test_presets      writes the dumps anew, after a change that was meant
 """
 
 from __future__ import annotations

@@ -32,17 +32,13 @@ BIG = dataclasses.replace(model_preset("bagel-7b"), special_tokens=SpecialTokens
 
 
 def latent(rows: int, columns: int, model=DEBUG, **kwargs) -> LatentPart:
-    moments = np.random.default_rng(rows * 100 + columns).normal(
-        size=(2, rows * columns, model.latent_dim)
-    )
+    moments = np.random.default_rng(rows * 100 + columns).normal(size=(2, rows * columns, model.latent_dim))
     grid = position_ids(rows, columns, model.max_latent_size)
     return LatentPart(*moments.astype(np.float32), grid, **kwargs)
 
 
 def vit(rows: int, columns: int, model=DEBUG, **kwargs) -> VitPart:
-    patches = np.random.default_rng(rows + 9 * columns).normal(
-        size=(rows * columns, model.vision.patch_dim)
-    )
+    patches = np.random.default_rng(rows + 9 * columns).normal(size=(rows * columns, model.vision.patch_dim))
     grid = position_ids(rows, columns, model.vision.max_patches_per_side)
     return VitPart(patches.astype(np.float32), grid, **kwargs)
 

@@ -138,9 +138,7 @@ def test_an_existing_character_is_not_touched(source, tmp_path):
     assert before == {p: p.read_bytes() for p in new.folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    "name", ["", "../Nova", "a/b", ".hidden", "Nova ", "n\0", "User", "x" * 65]
-)
+@pytest.mark.parametrize("name", ["", "../Nova", "a/b", ".hidden", "Nova ", "n\0", "User", "x" * 65])
 def test_names_that_cannot_be_folders(source, tmp_path, name):
     with pytest.raises(UserError, match="name"):
         new_character(name, source, out=tmp_path / "data")

@@ -75,10 +75,7 @@ def test_absent_and_empty(tmp_path):
     st.binary(max_size=60)
     | st.dictionaries(
         st.sampled_from(["text", "scene_id", "vqa_questions", "reference_images_path"]),
-        st.none()
-        | st.text(max_size=4)
-        | st.integers()
-        | st.lists(st.dictionaries(st.text(), st.none())),
+        st.none() | st.text(max_size=4) | st.integers() | st.lists(st.dictionaries(st.text(), st.none())),
     ).map(lambda row: json.dumps(row).encode())
 )
 def test_any_content_gives_prompts_or_findings(tmp_path, content):

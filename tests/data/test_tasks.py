@@ -43,9 +43,7 @@ def test_samples_follow_the_rows(tiny_root):
             assert target.loss and not any(part.loss for part in prompt)
             if task in T2I_TASKS:
                 assert target.kind == "latent_image" and target.image.path.is_file()
-                assert [(p.kind, p.droppable, p.text) for p in prompt] == [
-                    ("text", True, row["text"])
-                ]
+                assert [(p.kind, p.droppable, p.text) for p in prompt] == [("text", True, row["text"])]
             else:
                 human, gpt = (turn["value"] for turn in row["conversations"])
                 assert (target.kind, target.text) == ("text", gpt)
@@ -75,9 +73,7 @@ def test_a_scene_without_thinking_yields_none(tiny_root):
 def test_test_sets(tiny_root):
     train = read_character(tiny_root / "train" / "Friends-Tess")
     test = read_character(tiny_root / "test" / "Friends-Tess")
-    counts = {
-        name: (len(eval_items(train, name)), len(eval_items(test, name))) for name in TEST_SETS
-    }
+    counts = {name: (len(eval_items(train, name)), len(eval_items(test, name))) for name in TEST_SETS}
     assert counts == {
         "dialogue": (2, 2),
         "memorization": (1, 0),

@@ -25,9 +25,7 @@ def _by_kind(source):
 
 def test_every_record_is_read_back(tiny_root, tmp_path):
     Rolescape20(config=TESS, data_dir=tmp_path / "tfds", source=tiny_root).download_and_prepare()
-    train = _by_kind(
-        tfds.data_source("rolescape20/tess", split="train", data_dir=tmp_path / "tfds")
-    )
+    train = _by_kind(tfds.data_source("rolescape20/tess", split="train", data_dir=tmp_path / "tfds"))
     test = _by_kind(tfds.data_source("rolescape20/tess", split="test", data_dir=tmp_path / "tfds"))
     assert {kind: len(rows) for kind, rows in train.items()} == {
         "scene": 4,

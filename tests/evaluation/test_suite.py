@@ -203,7 +203,7 @@ def test_tables_say_what_matters(pip, tmp_path):
     tables.print_by_character(tuned, console)
     shown = console.file.getvalue()
     line = next(x for x in shown.splitlines() if "knowledge_mcq" in x and "right answer" in x)
-    assert "25.0 %" in line and "100.0 %" in line and "+75.0 [+75.0, +75.0]" in line and "77.0 %" in line  # noqa: PT018
+    assert "25.0 %" in line and "100.0 %" in line and "+75.0 [+75.0, +75.0]" in line and "77.0 %" in line
     copied = next(x for x in shown.splitlines() if "copies" in x and "%" in x)
     assert copied.count(tables.REWARD_MARK) == 1  # the tuned model's column only
     assert tables.REWARD_NOTE in " ".join(shown.split())

@@ -1,7 +1,8 @@
 """Reference numbers for parity tests, and the model they belong to.
 
-The directory is ``UNICHAR_GOLDEN_DIR`` (default: the tiny case kept beside the tests; its README lists the contents). Nothing
-here assumes the tiny sizes: layers, heads, vocabulary, latent channels and image sizes come from the directory's files.
+The directory is ``UNICHAR_GOLDEN_DIR`` (default: the tiny case kept beside the tests; its README lists the
+contents). Nothing here assumes the tiny sizes: layers, heads, vocabulary, latent channels and image sizes
+come from the directory's files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The reference's packed training sequence as a three-stream batch.
 
-The reference interleaves all tokens in one sequence and finds them by index lists. Here each stream takes its tokens in the
-sequence's order; ``sequence_index`` remembers where they were.
+The reference interleaves all tokens in one sequence and finds them by index lists. Here each stream takes its
+tokens in the sequence's order; ``sequence_index`` remembers where they were.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ class Packed:
         b = self.batch
         joined = TokenMeta.concatenate(b.text.meta, b.vit.meta, b.latent.meta)
         back = np.argsort(self.sequence_index)
-        return TokenMeta(
-            **{f: getattr(joined, f)[:, back] for f in joined.__dataclass_fields__}
-        )
+        return TokenMeta(**{f: getattr(joined, f)[:, back] for f in joined.__dataclass_fields__})
 
 
 def _fields(layout: list[dict], position: np.ndarray) -> dict[str, np.ndarray]:

@@ -71,9 +71,7 @@ def test_end_to_end():
     packed = train_batch()
 
     def loss(model):
-        terms = objective.unified_terms(
-            model, packed.batch, packed.x0, packed.noise, shift=packed.shift
-        )
+        terms = objective.unified_terms(model, packed.batch, packed.x0, packed.noise, shift=packed.shift)
         return objective.combine(terms, objective.weights_of(packed.batch), 0.25, 1.0)
 
     got = _step(params.flat(jax.jit(jax.grad(loss))(golden.model())))

@@ -11,9 +11,9 @@ import pytest
 from tests.parity import golden
 from unichar_jax.checkpoint import table
 from unichar_jax.data.images import position_ids
-from unichar_jax.models.autoencoder import patchify
+from unichar_jax.models.autoencoder import patchify, unpatchify
 from unichar_jax.sampling import cache as kv
-from unichar_jax.sampling import flow, schedule, text
+from unichar_jax.sampling import flow, pixels, schedule, text
 from unichar_jax.sampling.schedule import Noising
 
 TOLERANCE = 1e-5
@@ -108,6 +108,22 @@ def test_pictures_equal_those_of_the_reference(case: dict) -> None:
     grid = (case["shape"][0] // pixels, case["shape"][1] // pixels)
     latents = flow.sample_latents(golden.model(), contexts, data["image.init_noise"][None], grid, settings)
     golden.assert_close(latents[0], data[f"image.{case['name']}"], TOLERANCE, case["name"])
+
+
+def test_decoded_picture_equals_that_of_the_reference() -> None:
+    data, cfg = golden.tensors(), golden.config()
+    expected = data["image.t2i_global.decoded"].transpose(0, 2, 3, 1)
+    grid = tuple(n // cfg.pixels_per_latent for n in expected.shape[1:3])
+    latents = data["image.t2i_global"][None]
+    values = jax.jit(lambda a, z: a.decode(unpatchify(z, grid, cfg.latent_patch_size)))(
+        golden.autoencoder(), latents
+    )
+    golden.assert_close(values, expected, TOLERANCE, "decoded values")
+    got = pixels.decode_images(golden.autoencoder(), latents, grid, cfg.latent_patch_size)
+    whole = np.clip(expected * 0.5 + 0.5, 0, 1) * 255
+    # Truncation: a value that is whole up to rounding may fall to either side.
+    assert np.abs(np.asarray(got, np.float64) - np.floor(whole)).max() <= 1
+    assert np.mean(np.asarray(got) != np.floor(whole)) < 1e-3
 
 
 @pytest.mark.parametrize(("solver", "level"), [("sde", 1.3), ("cps", 0.8)])

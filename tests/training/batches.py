@@ -40,7 +40,5 @@ def random_batch(cfg: ModelConfig, rows: int, seed: int = 0) -> Batch:
             [look(), text(2, 5), text(2, 6, loss=True)],
             [text(2, 5), text(2, 6, loss=True)],
         ]
-        packed.append(
-            [layout.lay_out(parts, cfg, task=i) for i, parts in enumerate(samples)]
-        )
+        packed.append([layout.lay_out(parts, cfg, task=i) for i, parts in enumerate(samples)])
     return layout.collate(packed, CAPACITIES, cfg)

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from tests.parity.golden import relative_l2
+from unichar_jax.checkpoint import store
 from unichar_jax.config.grpo import (
     EvalConfig,
     FlowGRPOConfig,
@@ -194,21 +196,25 @@ def test_a_run_whose_reward_failed_goes_on_as_if_nothing_had_happened(
     broken = go("broken")
     assert len(_numbers(unbroken)) == 2
     assert _numbers(broken) == _numbers(unbroken)
-    from unichar_jax.checkpoint import store
-
     declared = add_lora(UnifiedModel(CFG, experiment.compute), 2, 4.0, ("gen",), ("q", "v"))
-    got, expected = (_weights(p, declared, store) for p in (broken, unbroken))
-    assert expected
-    for name, x in expected.items():
-        np.testing.assert_array_equal(got[name], x, err_msg=name)
+    for item in ("weights", "ema"):
+        got, expected = (_stored(p, declared, item) for p in (broken, unbroken))
+        for name, x in expected.items():
+            np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+    # Inference reads the step as a plain model, adapters merged.
+    for name, content in CFG.to_bagel().items():
+        (unbroken / name).write_text(json.dumps(content))
+    loaded = params.flat(store.load_model(unbroken / "checkpoints" / "2", item="ema"))
+    merged = merge(store.stack_flat(declared, _stored(unbroken, declared, "ema")), UnifiedModel(CFG))
+    for name, x in params.flat(merged).items():
+        np.testing.assert_allclose(loaded[name], x, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
-def _weights(run_dir: Path, declared: Any, store: Any) -> dict[str, np.ndarray]:
-    from orbax.checkpoint import v1 as ocp
-
-    targets = {"weights": store.flat_abstract(declared), "ema": store.flat_abstract(declared)}
+def _stored(run_dir: Path, declared: Any, item: str) -> dict[str, np.ndarray]:
+    targets = {item: store.flat_abstract(declared)}
     items = ocp.load_checkpointables(run_dir / "checkpoints" / "2", targets)
-    return {f"{item}.{n}": np.asarray(x) for item in targets for n, x in items[item].items()}
+    return {n: np.asarray(x) for n, x in items[item].items()}
 
 
 # -- adapters -----------------------------------------------------------------------------------------------

@@ -32,9 +32,7 @@ def _one_device(monkeypatch):
 def _config(root: Path, run: Path, steps: int, every: int) -> SFTConfig:
     cfg = presets.load(SFTConfig, "sft-debug")
     data = dataclasses.replace(cfg.data, path=str(root), rows_per_device=1)
-    return dataclasses.replace(
-        cfg, data=data, run_dir=str(run), steps=steps, save=SaveConfig(every=every)
-    )
+    return dataclasses.replace(cfg, data=data, run_dir=str(run), steps=steps, save=SaveConfig(every=every))
 
 
 def _weights(run: Path, item: str) -> dict[str, np.ndarray]:

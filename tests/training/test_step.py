@@ -23,18 +23,14 @@ from unichar_jax.training.optimizer import make_optimizer
 
 CFG = model_preset("debug")
 ROWS = 8
-SFT = SFTConfig(
-    optimizer=OptimizerConfig(ema_decay=0.9), compute=Compute(dtype="float32"), ce_chunk=16
-)
+SFT = SFTConfig(optimizer=OptimizerConfig(ema_decay=0.9), compute=Compute(dtype="float32"), ce_chunk=16)
 
 
 def _weights(declared):
     """Random weights with no zero tensor, so that every gradient is exercised."""
     rng = np.random.default_rng(2)
     filled = params.initialize(declared, 1)
-    return jax.tree.map(
-        lambda x: np.asarray(x + 0.02 * rng.standard_normal(x.shape, np.float32)), filled
-    )
+    return jax.tree.map(lambda x: np.asarray(x + 0.02 * rng.standard_normal(x.shape, np.float32)), filled)
 
 
 def _one_step(cfg=SFT, mesh=None):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -81,10 +81,10 @@ def line_chart(chart: Chart) -> str:
     x_low, x_high = _range(every_x.min(), every_x.max())
     y_low, y_high = _range(*np.quantile(every_y, [0.01, 0.99]), margin=0.08)
 
-    def across(x: np.ndarray | float) -> np.ndarray | float:
+    def across(x: Any) -> Any:
         return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
 
-    def down(y: np.ndarray | float) -> np.ndarray | float:
+    def down(y: Any) -> Any:
         share = np.clip((y - y_low) / (y_high - y_low), -0.02, 1.02)
         return _TOP + (1 - share) * (_HEIGHT - _TOP - _BOTTOM)
 
@@ -131,5 +131,5 @@ def _range(low: float, high: float, margin: float = 0.0) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _path(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> str:
+def _path(x: np.ndarray, y: np.ndarray) -> str:
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))

@@ -54,20 +54,14 @@ class CheckpointManager:
     def latest(self) -> int | None:
         return self.steps[-1] if self.steps else None
 
-    def save(
-        self, step: int, weights: Any, optimizer: Any, ema: Any | None, host: dict[str, Any]
-    ) -> None:
+    def save(self, step: int, weights: Any, optimizer: Any, ema: Any | None, host: dict[str, Any]) -> None:
         """Starts saving; ``host`` is a small JSON tree (data iterator, clock)."""
         items = {WEIGHTS: self._unstack(weights), OPTIMIZER: optimizer}
         if ema is not None:
             items[EMA] = self._unstack(ema)
-        self._orbax.save_checkpointables_async(
-            step, items, force=True, overwrite=True, custom_metadata=host
-        )
+        self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True, custom_metadata=host)
 
-    def restore(
-        self, step: int, optimizer: Any, *, ema: bool
-    ) -> tuple[Any, Any, Any | None, dict[str, Any]]:
+    def restore(self, step: int, optimizer: Any, *, ema: bool) -> tuple[Any, Any, Any | None, dict[str, Any]]:
         """Restores ``(weights, optimizer, ema, host)`` of a step onto this run's mesh.
 
         Args:
@@ -83,9 +77,7 @@ class CheckpointManager:
         items = self._orbax.load_checkpointables(step, targets)
         stack = jax.jit(
             lambda arrays: store.stack_flat(self.declared, arrays),
-            out_shardings=None
-            if self.mesh is None
-            else store.params.shardings(self.declared, self.mesh),
+            out_shardings=None if self.mesh is None else store.params.shardings(self.declared, self.mesh),
         )
         average = stack(items.pop(EMA)) if ema else None
         host = self._orbax.metadata(step).custom_metadata or {}

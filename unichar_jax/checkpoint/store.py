@@ -36,7 +36,7 @@ from unichar_jax.checkpoint.weights import (
 from unichar_jax.checkpoint.writing import CONFIG_FILES
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
-from unichar_jax.models import params
+from unichar_jax.models import lora, params
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
@@ -122,7 +122,7 @@ def load_model(
     dtype: Any = None,
     item: str | None = None,
 ) -> UnifiedModel:
-    """Loads the unified model with its layers stacked.
+    """Loads the unified model with its layers stacked; adapters of a training step are merged.
 
     Args:
       path: a BAGEL directory, a model directory, or a training step.
@@ -135,8 +135,13 @@ def load_model(
       UserError: the weights do not fit the configs beside them; every problem is listed.
     """
     cfg = load_config(path)
-    weights = weights_lib.open_weights(path, cfg, MODEL, item)
-    return _fill(UnifiedModel(cfg, compute), weights, mesh, dtype)
+    weights = weights_lib.open_weights(path, cfg, MODEL, item, adapters=True)
+    declared = UnifiedModel(cfg, compute)
+    adapters = lora.declared_in({name: info.shape for name, info in weights.infos.items()})
+    if adapters is None:
+        return _fill(declared, weights, mesh, dtype)
+    adapted = _fill(lora.add_lora(UnifiedModel(cfg, compute), **adapters), weights, mesh, dtype)
+    return lora.merge(adapted, declared)
 
 
 def load_autoencoder(path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Autoencoder:

@@ -244,6 +244,4 @@ def _dims_of(module: Any, name: str) -> tuple[str | None, ...]:
 def module_to_torch(module: Any, entries: tuple[Entry, ...]) -> dict[str, np.ndarray]:
     """PyTorch tensors from a filled module."""
     arrays = module_to_flat(module)
-    return {
-        e.torch: np.ascontiguousarray(e.to_torch(np.asarray(arrays[e.ours]))) for e in entries
-    }
+    return {e.torch: np.ascontiguousarray(e.to_torch(np.asarray(arrays[e.ours]))) for e in entries}

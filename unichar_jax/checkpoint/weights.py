@@ -350,7 +350,12 @@ def expected_arrays(cfg: ModelConfig, part: str) -> tuple[table.Entry, ...]:
 
 
 def open_weights(
-    folder: str | Path, cfg: ModelConfig, part: str = MODEL, item: str | None = None
+    folder: str | Path,
+    cfg: ModelConfig,
+    part: str = MODEL,
+    item: str | None = None,
+    *,
+    adapters: bool = False,
 ) -> TorchWeights | OrbaxWeights:
     """Opens one part of a directory of either kind and checks it against the model.
 
@@ -359,17 +364,18 @@ def open_weights(
       cfg: the model that the arrays must fill.
       part: ``model`` or ``autoencoder``.
       item: for a training step, the item that holds the weights (``weights`` by default).
+      adapters: low-rank adapters may be there too; otherwise they are a problem, so that none is lost.
 
     Raises:
       UserError: no weights, a damaged file, or arrays that do not fit; every problem is listed.
     """
-    weights, problems = examine(Path(folder), cfg, part, item)
+    weights, problems = examine(Path(folder), cfg, part, item, adapters=adapters)
     raise_problems({str(folder): problems})
     return weights
 
 
 def examine(
-    folder: Path, cfg: ModelConfig, part: str, item: str | None = None
+    folder: Path, cfg: ModelConfig, part: str, item: str | None = None, *, adapters: bool = False
 ) -> tuple[TorchWeights | OrbaxWeights, Problems]:
     """``open_weights`` that returns the problems, for a caller that lists those of several parts together.
 
@@ -383,7 +389,10 @@ def examine(
         )
     if (found := orbax_item(folder, part, item)) is not None:
         weights, problems = OrbaxWeights(found), Problems()
-        check_arrays(problems, {e.ours: e.shape for e in entries}, weights.infos)
+        stored = {
+            n: i for n, i in weights.infos.items() if not (adapters and n.endswith((".lora_a", ".lora_b")))
+        }
+        check_arrays(problems, {e.ours: e.shape for e in entries}, stored)
         return weights, problems
     tensors = TorchTensors(model_files(folder) if part == MODEL else [folder / AE_FILE])
     return TorchWeights(tensors, entries), check_torch(cfg, tensors, entries, part)

@@ -59,19 +59,27 @@ def devices() -> Iterator[Finding]:
     yield Finding("attention", f"{name}: {reason}")
     x = jnp.ones((128, 128), jnp.bfloat16)
     right = float((x @ x).sum()) == 128.0**3
-    yield Finding("bfloat16 matmul", "right" if right else "wrong", None if right else "update the driver and jax")
+    yield Finding(
+        "bfloat16 matmul", "right" if right else "wrong", None if right else "update the driver and jax"
+    )
 
 
 def host(folder: Path) -> Iterator[Finding]:
     """Memory and disk of this host."""
     free = shutil.disk_usage(folder).free / 2**30
-    fix = None if free > 5 else "free some disk, or name another run_dir; a checkpoint is several times the model"
+    fix = (
+        None
+        if free > 5
+        else "free some disk, or name another run_dir; a checkpoint is several times the model"
+    )
     yield Finding("free disk", f"{free:.0f} GiB at {folder.resolve()}", fix)
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         match = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
         available = int(match.group(1)) / 2**20 if match else 0.0
-        yield Finding("available memory", f"{available:.0f} GiB", None if available > 3 else "close other programs")
+        yield Finding(
+            "available memory", f"{available:.0f} GiB", None if available > 3 else "close other programs"
+        )
     yield Finding("cores", str(os.cpu_count()))
 
 
@@ -85,7 +93,9 @@ def shipped() -> Iterator[Finding]:
     yield Finding(
         "mini base",
         "present" if there else "no weights",
-        None if there else "python -m unichar_jax.training.pretrain makes them; without, runs start at random",
+        None
+        if there
+        else "python -m unichar_jax.training.pretrain makes them; without, runs start at random",
     )
 
 

@@ -15,12 +15,24 @@ from unichar_jax.errors import UserError, did_you_mean
 # name -> (module, function, one line of help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "quickstart": ("unichar_jax.cli.quickstart", "main", "customise a character on this machine, now"),
-    "convert": ("unichar_jax.cli.convert", "convert", "PyTorch safetensors <-> Orbax, both ways, with accounting"),
-    "inspect": ("unichar_jax.cli.convert", "inspect", "tensors, shapes, dtypes and parameter counts of a model"),
+    "convert": (
+        "unichar_jax.cli.convert",
+        "convert",
+        "PyTorch safetensors <-> Orbax, both ways, with accounting",
+    ),
+    "inspect": (
+        "unichar_jax.cli.convert",
+        "inspect",
+        "tensors, shapes, dtypes and parameter counts of a model",
+    ),
     "diff": ("unichar_jax.cli.convert", "diff", "which tensors of two models differ, and by how much"),
     "data": ("unichar_jax.cli.data", "main", "check | new | build: character folders and the TFDS dataset"),
     "sft": ("unichar_jax.cli.train", "sft", "stage 1, Unified-SFT: unichar sft CONFIG [--field value ...]"),
-    "grpo": ("unichar_jax.cli.train", "grpo", "stage 2, Character-GRPO: unichar grpo CONFIG [--field value ...]"),
+    "grpo": (
+        "unichar_jax.cli.train",
+        "grpo",
+        "stage 2, Character-GRPO: unichar grpo CONFIG [--field value ...]",
+    ),
     "chat": ("unichar_jax.cli.talk", "chat", "role-play with picture replies"),
     "draw": ("unichar_jax.cli.talk", "draw", "text to image, a contact sheet"),
     "ask": ("unichar_jax.cli.talk", "ask", "a question, about a picture or about the character"),
@@ -49,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
-        print(f"unichar: command '{name}' is unknown{did_you_mean(name, COMMANDS)}.\n\n{usage()}", file=sys.stderr)
+        print(
+            f"unichar: command '{name}' is unknown{did_you_mean(name, COMMANDS)}.\n\n{usage()}",
+            file=sys.stderr,
+        )
         return 2
     module, function, _ = COMMANDS[name]
     try:

@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 
-from unichar_jax.checkpoint import runs
+from unichar_jax.app import engines
+from unichar_jax.app.engines import flow_settings
 from unichar_jax.cli.train import use_compilation_cache
 from unichar_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from unichar_jax.sampling.engine import Engine
 
 Model = Annotated[Path, tyro.conf.Positional]
 
 
-def load_engine(path: Path, dtype: str = "float32"):
-    """The engine of a run (its latest step, averaged weights if kept) or of a model directory."""
-    from unichar_jax.models.decoder import Compute
-    from unichar_jax.sampling.engine import Engine
-
+def load_engine(path: Path, dtype: str = "float32") -> Engine:
+    """As ``app.engines.load_engine``, with compiled programs kept between starts."""
     use_compilation_cache()
-    step = runs.resolve(path)
-    return Engine.load(step, compute=Compute(dtype=dtype), item=runs.weights_item(step))
+    return engines.load_engine(path, dtype)
 
 
 def character_folder(run: Path, character: Path | None) -> Path | None:
     """The character a run was trained on, unless the caller names a folder; None if neither is known."""
     if character is not None:
         return character
-    if not (run / "config.json").is_file():
+    root, names = engines.training_data(run)
+    if root is None:
         return None
-    data = json.loads((run / "config.json").read_text())["data"]
     from unichar_jax.data.rolescape import find_characters
 
-    folders = find_characters(Path(data["path"]), "train") if data["path"] else ()
-    wanted = [f for f in folders if not data["characters"] or f.name in data["characters"]]
+    wanted = [f for f in find_characters(root, "train") if not names or f.name in names]
     return wanted[0] if wanted else None
-
-
-def flow_settings(steps: int, guidance: float, run: Path):
-    """Drawing settings; a small model's few latents want no resolution shift."""
-    from unichar_jax.checkpoint.store import load_config
-    from unichar_jax.sampling.flow import FlowSettings, Guidance
-
-    small = load_config(runs.resolve(run)).max_latent_size <= 16
-    return FlowSettings(
-        steps + 1, 1.0 if small else 3.0, Guidance(guidance, interval=(0.0, 1.0) if small else (0.4, 1.0))
-    )
 
 
 def chat(

@@ -53,7 +53,7 @@ def sft(args: list[str]) -> int:
     except Preempted as stopped:
         print(f"{stopped}; the same command goes on from there", file=sys.stderr)
         return PREEMPTED_EXIT_CODE
-    print(f"done: {run}\n  unichar chat {run}\n  unichar draw {run} \"...\" -n 8\n  unichar evaluate {run}")
+    print(f'done: {run}\n  unichar chat {run}\n  unichar draw {run} "..." -n 8\n  unichar evaluate {run}')
     return 0
 
 

@@ -332,9 +332,7 @@ def _refuse_unsupported(path: Path, llm: dict[str, Any]) -> None:
 
 
 _DEBUG = ModelConfig(
-    DecoderConfig(
-        hidden_size=64, mlp_size=160, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=512
-    ),
+    DecoderConfig(hidden_size=64, mlp_size=160, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=512),
     VisionConfig(hidden_size=48, mlp_size=96, num_layers=2, num_heads=4, max_patches_per_side=8),
     AutoencoderConfig(channels=16, multipliers=(1, 1, 2, 2), num_res_blocks=1, norm_groups=4),
     SpecialTokens(bos=1, eos=2, image_start=3, image_end=4),
@@ -342,9 +340,7 @@ _DEBUG = ModelConfig(
 )
 
 _MINI = ModelConfig(
-    DecoderConfig(
-        hidden_size=192, mlp_size=512, num_layers=6, num_heads=4, num_kv_heads=2, vocab_size=2048
-    ),
+    DecoderConfig(hidden_size=192, mlp_size=512, num_layers=6, num_heads=4, num_kv_heads=2, vocab_size=2048),
     VisionConfig(hidden_size=192, mlp_size=512, num_layers=4, num_heads=4, max_patches_per_side=8),
     # Scale and shift give the latents of checkpoints/mini zero mean and unit deviation (measured).
     AutoencoderConfig(

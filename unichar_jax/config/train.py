@@ -138,9 +138,7 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"steps: expected a positive number, got {self.steps}.")
-        require(
-            self.accumulate > 0, f"accumulate: expected a positive number, got {self.accumulate}."
-        )
+        require(self.accumulate > 0, f"accumulate: expected a positive number, got {self.accumulate}.")
         require(
             (self.trainable == "lora") == (self.lora.rank > 0),
             f"trainable is '{self.trainable}' and lora.rank is {self.lora.rank}: adapters need"

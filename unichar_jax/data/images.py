@@ -90,7 +90,7 @@ def _open_header(path: str | os.PathLike[str], root: Path) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
         raise _bomb(root, where, "more pixels than can be decoded safely") from None
-    except Exception as error:  # noqa: BLE001 - decoders raise anything on hostile bytes
+    except Exception as error:
         raise ImageError(
             f"{root}: {where!r} is not a readable image ({_reason(error)}); "
             f"expected {', '.join(FORMATS)} content."
@@ -129,7 +129,7 @@ def open_image(path: str | os.PathLike[str], root: Path) -> Image.Image:
     image = _open_header(path, root)
     try:
         image.load()
-    except Exception as error:  # noqa: BLE001 - decoders raise anything on hostile bytes
+    except Exception as error:
         image.close()
         raise ImageError(
             f"{root}: the image {os.fspath(path)!r} is truncated or corrupt ({error}); "
@@ -220,9 +220,7 @@ class ImageTransform:
         """(width, height) after the transform, from a picture's size alone."""
         if self.square:
             width = height = min(width, height)
-        return resize_rule(
-            width, height, self.stride, self.min_size, self.max_size, self.max_pixels, img_num
-        )
+        return resize_rule(width, height, self.stride, self.min_size, self.max_size, self.max_pixels, img_num)
 
     def tokens(self, width: int, height: int, img_num: int = 1) -> int:
         """Number of ``stride`` x ``stride`` tokens that a picture of this size becomes."""

@@ -211,15 +211,15 @@ def lay_out(
             tokens.text.ids[text] = special.image_start, special.image_end
             tokens.text.meta.order[text] = order, order + n - 1
             if isinstance(part, VitPart):
-                inside, image = slice(at.vit, end.vit), tokens.vit
-                image.patches[inside] = part.patches
-                noisy = False
+                inside, noisy = slice(at.vit, end.vit), False
+                image: VitStream | LatentStream = tokens.vit
+                tokens.vit.patches[inside] = part.patches
             else:
-                inside, image = slice(at.latent, end.latent), tokens.latent
-                image.mean[inside], image.logvar[inside] = part.mean, part.logvar
-                image.timestep[inside] = part.timestep if part.loss else -np.inf
-                image.weight[inside] = part.loss
-                noisy = part.loss
+                inside, noisy = slice(at.latent, end.latent), part.loss
+                image, latent = tokens.latent, tokens.latent
+                latent.mean[inside], latent.logvar[inside] = part.mean, part.logvar
+                latent.timestep[inside] = part.timestep if part.loss else -np.inf
+                latent.weight[inside] = part.loss
             image.grid[inside] = part.grid
             image.meta.order[inside] = order + 1 + np.arange(n - 2)
             for meta, where in ((tokens.text.meta, text), (image.meta, inside)):

@@ -133,6 +133,7 @@ def _ready(samples: Sequence[tasks_lib.Sample], tokenizer: Tokenizer, transforms
                     look=look,
                     img_num=img_num,
                 )
+                assert part.image is not None  # parts of pictures have one
                 count = transform.tokens(part.image.width, part.image.height, img_num)
                 total = total.plus(Sizes(2, count, 0) if look else Sizes(2, 0, count))
             parts.append(made)

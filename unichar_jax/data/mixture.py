@@ -321,8 +321,7 @@ def _spread(sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _next(weights: np.ndarray, phases: np.ndarray, taken: Sequence[int], count: int) -> np.ndarray:
     """Which of several evenly spaced series the next ``count`` draws belong to."""
     times, which = [], []
-    taken = np.asarray(taken)
-    total = taken.sum() + count
+    total = sum(taken) + count
     for k, weight in enumerate(weights):
         # enough of this series to reach the last draw's time, which is near ``total``
         ahead = max(0, int(np.ceil((total + len(weights) + 1) * weight)) + 1 - int(taken[k]))

@@ -223,9 +223,7 @@ def read_dialogues(path: Path, name: str) -> tuple[str, tuple[Exchange, ...]]:
     return opening, tuple(exchanges)
 
 
-def _parse_dialogues(
-    found: Findings, file: str, text: str, name: str
-) -> tuple[str, list[Exchange]]:
+def _parse_dialogues(found: Findings, file: str, text: str, name: str) -> tuple[str, list[Exchange]]:
     labels = {"opening": "opening", "image": "image", "user": "user", name.lower(): "reply"}
     opening, exchanges = "", []
     blocks = re.split(r"\n\s*\n", text.strip())
@@ -270,9 +268,7 @@ def _parse_dialogues(
                     "none",
                     "add it",
                 )
-        exchanges.append(
-            Exchange(fields.get("user", ""), fields.get("reply", ""), fields.get("image", ""))
-        )
+        exchanges.append(Exchange(fields.get("user", ""), fields.get("reply", ""), fields.get("image", "")))
     return opening, exchanges
 
 
@@ -285,9 +281,7 @@ def _picture_names(images_dir: Path, exchanges: Iterable[Exchange]) -> list[str]
         key=lambda n: [int(x) if x.isdigit() else x for x in re.split(r"([0-9]+)", n.lower())],
     )
     if not present:
-        raise UserError(
-            f"{images_dir}: no picture found; expected about ten files {', '.join(PICTURES)}."
-        )
+        raise UserError(f"{images_dir}: no picture found; expected about ten files {', '.join(PICTURES)}.")
     told = [exchange.image for exchange in exchanges if exchange.image]
     for image in told:
         if image not in present:
@@ -363,8 +357,7 @@ def _write_texts(
             spoken.append([said, replied])
     _write_json(folder / "annotation.json", meta | {"scenes": scenes})
     told = [
-        {"image_id": str(number), "t2i_instruction": captions[image]}
-        for number, image in enumerate(names)
+        {"image_id": str(number), "t2i_instruction": captions[image]} for number, image in enumerate(names)
     ]
     _write_json(folder / f"{name}_t2i_instruction.json", meta | {"t2i_instructions": told})
     plain = sum(caption == f"A picture of {name}" for caption in captions.values())

@@ -74,14 +74,10 @@ class Findings:
     def all(self) -> tuple[Finding, ...]:
         return tuple(self._all)
 
-    def error(
-        self, file: str, record: str, field: str, expected: str, got: str, remedy: str
-    ) -> None:
+    def error(self, file: str, record: str, field: str, expected: str, got: str, remedy: str) -> None:
         self._all.append(Finding("error", file, record, field, expected, got, remedy))
 
-    def note(
-        self, file: str, record: str, field: str, expected: str, got: str, remedy: str
-    ) -> None:
+    def note(self, file: str, record: str, field: str, expected: str, got: str, remedy: str) -> None:
         self._all.append(Finding("note", file, record, field, expected, got, remedy))
 
     @property
@@ -140,9 +136,7 @@ class Record:
                 self.data = {close[0] if k == key else k: v for k, v in self.data.items()}
                 self.note(close[0], f"the key {close[0]!r}", shown(key), "read as meant; rename it")
             else:
-                self.note(
-                    key if key.isascii() else shown(key), "no such key", "one", "it is ignored"
-                )
+                self.note(key if key.isascii() else shown(key), "no such key", "one", "it is ignored")
         return self
 
     def text(self, field: str, *, required: bool = True) -> str:

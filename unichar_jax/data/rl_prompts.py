@@ -92,9 +92,7 @@ def scan_rl_prompts(path: Path) -> tuple[tuple[RLPrompt, ...], tuple[Finding, ..
         ids.add(prompt.scene_id)
         first = merged.get(prompt.text)
         if first:
-            line.note(
-                "text", "each prompt once", "a repeat", f"merged into {shown(first.scene_id)}"
-            )
+            line.note("text", "each prompt once", "a repeat", f"merged into {shown(first.scene_id)}")
             prompt = dataclasses.replace(
                 first,
                 questions=_distinct(line, first.questions + prompt.questions),
@@ -120,9 +118,7 @@ def _prompt(line: Record) -> RLPrompt | None:
         return None
     reference = line.text("reference_images_path", required=False)
     if reference.startswith(("/", "\\")) or ".." in PurePosixPath(reference).parts:
-        line.error(
-            "reference_images_path", "a path relative to the data", shown(reference), "correct it"
-        )
+        line.error("reference_images_path", "a path relative to the data", shown(reference), "correct it")
     questions = []
     for item in line.records("vqa_questions"):
         item.expect(*(field.name for field in dataclasses.fields(RLQuestion)))

@@ -99,9 +99,7 @@ def scan_character(folder: Path) -> tuple[Character | None, tuple[Finding, ...]]
     """As :func:`read_character`, but returns the findings; no character if one is an error."""
     found = Findings()
     if not folder.is_dir():
-        found.error(
-            folder.name, "", "", "a character's folder", "no such folder", "correct the path"
-        )
+        found.error(folder.name, "", "", "a character's folder", "no such folder", "correct the path")
         return None, found.all
     character = _Folder(Path(folder).absolute(), found).read()
     return (None if found.failed else character), found.all
@@ -170,9 +168,7 @@ class _Folder:
             value = record.text(field, required=field == "description")
             first, origin = self.meta.setdefault(field, (value, name))
             if value != first:
-                record.error(
-                    field, f"the same as in {origin}", shown(value), "use one text in all files"
-                )
+                record.error(field, f"the same as in {origin}", shown(value), "use one text in all files")
         return record
 
     def _text(self, kind: str) -> str:
@@ -342,9 +338,7 @@ class _Folder:
         for item in record.records("mcq_items", required=evidence) if record else ():
             if not item.expect(*keys, *(["evidence"] if evidence else [])).ok:
                 continue
-            options = Record(
-                item.found, item.file, f"{item.place}.options", item.data.get("options")
-            )
+            options = Record(item.found, item.file, f"{item.place}.options", item.data.get("options"))
             texts = {key: options.text(key) for key in options.data}
             answer = item.text("answer_key")
             if options.ok and len(texts) < 2:
@@ -409,9 +403,7 @@ class _Folder:
             )
         found, main = self.found, "annotation.json"
         if not character.description and not found.failed:
-            found.error(
-                main, "", "description", "a description of the character", "none", "write it"
-            )
+            found.error(main, "", "description", "a description of the character", "none", "write it")
         if not (character.images or character.extension_train) and not found.failed:
             found.error(
                 ".",

@@ -95,8 +95,7 @@ class EvalItem:
 def _known(name: str, options: tuple[str, ...], what: str) -> None:
     if name not in options:
         raise UserError(
-            f"{what} '{name}' is unknown{did_you_mean(name, options)}; "
-            f"expected one of {', '.join(options)}."
+            f"{what} '{name}' is unknown{did_you_mean(name, options)}; expected one of {', '.join(options)}."
         )
 
 
@@ -136,9 +135,7 @@ def _t2i_rows(character: Character, task: str) -> Iterator[dict[str, Any]]:
 def _drawings(character: Character, task: str) -> Iterator[tuple[int | str, ImageFile, str]]:
     """Scene id (the picture's id for plain captions), picture and prompt of a drawing task."""
     if task == "pure_t2i":
-        yield from (
-            (caption.image.id, caption.image, caption.text) for caption in character.captions
-        )
+        yield from ((caption.image.id, caption.image, caption.text) for caption in character.captions)
         return
     for index, scene in enumerate(character.scenes):
         text = _drawing_prompt(character, scene, task)
@@ -273,8 +270,7 @@ def eval_items(character: Character, test_set: str) -> list[EvalItem]:
     prefix = f"{character.split}/{character.dir_name}/{test_set}"
     items = _TEST_SETS[test_set](character)
     return [
-        EvalItem(f"{prefix}/{number}", test_set, character.name, *item)
-        for number, item in enumerate(items)
+        EvalItem(f"{prefix}/{number}", test_set, character.name, *item) for number, item in enumerate(items)
     ]
 
 
@@ -283,7 +279,8 @@ _Item = tuple[str, str, ImageFile | None, str, tuple[tuple[str, str], ...]]
 
 def _test_dialogues(character: Character) -> Iterator[_Item]:
     held_out = character.scenes if character.split == "test" else ()
-    for spoken in (*character.extension_test, *held_out):
+    exchanges: tuple[Scene | Dialogue, ...] = (*character.extension_test, *held_out)
+    for spoken in exchanges:
         yield _dialogue(character, spoken), spoken.user, None, spoken.reply, ()
 
 
@@ -292,9 +289,7 @@ def _test_asked(character: Character, asked: tuple[str, ...]) -> Iterator[_Item]
         yield _dialogue(character, Dialogue(question, "")), question, None, "", ()
 
 
-def _test_choices(
-    questions: tuple[ChoiceQuestion, ...], image: ImageFile | None = None
-) -> Iterator[_Item]:
+def _test_choices(questions: tuple[ChoiceQuestion, ...], image: ImageFile | None = None) -> Iterator[_Item]:
     for item in questions:
         prompt = templates.multiple_choice(item.question, item.options)
         prompt = templates.vqa(prompt) if image else prompt

@@ -57,9 +57,7 @@ class Thinking(NamedTuple):
 
 def _scene(description: str, user: str, reply: str) -> str:
     """The three fields that every picture prompt of a scene opens with."""
-    return (
-        f"Character Description: {description}\n\nUser Input: {user}\n\nCharacter Response: {reply}"
-    )
+    return f"Character Description: {description}\n\nUser Input: {user}\n\nCharacter Response: {reply}"
 
 
 def history_block(history: Iterable[tuple[str, str]]) -> str:
@@ -96,9 +94,7 @@ def t2i(description: str, user: str, reply: str) -> str:
     )
 
 
-def t2i_with_thinking(
-    description: str, user: str, reply: str, thinking: str, instruction: str
-) -> str:
+def t2i_with_thinking(description: str, user: str, reply: str, thinking: str, instruction: str) -> str:
     """Asks for the picture of a scene that was planned with :func:`thinking_prompt`."""
     return (
         f"{_scene(description, user, reply)}\n\nThinking Process: {thinking}\n\n"

@@ -60,7 +60,7 @@ class Endpoint:
                 " http://localhost:8000/v1."
             )
         if not self.model:
-            raise UserError("judge: the endpoint needs a model's name; give --judge.model NAME.")
+            raise UserError("judge: the endpoint needs a model's name; give --judge-model NAME.")
         for name in ("workers", "timeout", "attempts"):
             if getattr(self, name) <= 0:
                 raise UserError(f"judge.{name}: expected a positive number, got {getattr(self, name)}.")

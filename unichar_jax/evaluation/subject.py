@@ -139,13 +139,11 @@ class Piped:
 def weights_fingerprint(folder: str | Path) -> str:
     """Names the weights in a folder (a model, a run, a training step) by its files' names, sizes and times.
 
-    Gigabytes are not read: a copy with other times counts as another model, which costs time and nothing
-      else.
+    Gigabytes are not read: a copy with other times counts as another model, which costs time and no more.
     """
     folder = Path(folder)
-    steps = folder / "checkpoints"
     kept = [p for p in folder.glob("*") if p.suffix in (".safetensors", ".json") and p.is_file()]
-    for part in (folder / "model", folder / "autoencoder", folder / "weights", steps):
+    for part in (folder / "model", folder / "autoencoder", folder / "weights", folder / "ema"):
         kept += [p for p in part.rglob("*") if p.is_file()]
     states = [f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in sorted(kept)]
     return _digest(*states)

@@ -341,7 +341,7 @@ def _left_out(
         if not any(r.task == task for r in records):
             why[task] = "the characters' folders have no items of this task"
     if any(task in RUBRICS for task in plan.tasks) and instruments.rater is None:
-        why["judged"] = "no judge was named; give --judge.url and --judge.model"
+        why["judged"] = "no judge was named; give --judge-url and --judge-model"
     if any(task in DRAWN for task in plan.tasks):
         if plan.seeds < 2:
             why["diversity"] = "it compares pictures of one prompt: at least 2 seeds are needed"

@@ -168,9 +168,7 @@ class DecoderLayer(nnx.Module):
             parts.append(self.und.qkv(und, (rope[0][:, :split], rope[1][:, :split])))
         if gen is not None:
             parts.append(self.gen.qkv(gen, (rope[0][:, split:], rope[1][:, split:])))
-        q, k, v = (
-            xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1) for xs in zip(*parts, strict=True)
-        )
+        q, k, v = (xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1) for xs in zip(*parts, strict=True))
         out = attend(prepared, q, k, v, prefix)
         if und is not None:
             und = self.und.finish(und, out[:, :split])

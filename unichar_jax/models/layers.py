@@ -17,7 +17,7 @@ class Dense(nnx.Module):
     """``y = x W + b`` with kernel ``[in, out]``, and an optional low-rank addition ``(x A) B``.
 
     ``lora_a [in, r]`` and ``lora_b [r, out]`` are absent until ``models/lora.py`` adds them (LoRA, arXiv
-    2106.09685); their scale is folded into ``lora_b``'s use there.
+    2106.09685); their scale is folded into the initial values there.
     """
 
     def __init__(
@@ -80,9 +80,7 @@ class LayerNorm(nnx.Module):
 class Embedding(nnx.Module):
     """A table ``[rows, width]`` looked up by integer ids."""
 
-    def __init__(
-        self, rows: int, width: int, dims: tuple[str | None, str | None], init: params.Initializer
-    ):
+    def __init__(self, rows: int, width: int, dims: tuple[str | None, str | None], init: params.Initializer):
         self.embedding = params.declare((rows, width), dims, init)
 
     def __call__(self, ids: jax.Array) -> jax.Array:

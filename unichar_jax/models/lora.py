@@ -12,6 +12,7 @@ Source: LoRA (arXiv 2106.09685).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -46,6 +47,17 @@ def add_lora(
             )
             dense.lora_b = params.declare((*lead, rank, d_out), (*lead_dims, None, out_dim), params.zeros)
     return module
+
+
+def declared_in(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
+    """Arguments of ``add_lora`` for adapters among stored arrays ``{on-disk name: shape}``; None without any."""
+    pattern = re.compile(rf"decoder\.layers\.\d+\.(\w+)\.(\w+)\.{A}")
+    found = {n: m for n in shapes if (m := pattern.fullmatch(n))}
+    if not found:
+        return None
+    rank = shapes[next(iter(found))][-1]
+    experts, targets = (tuple(sorted({m[i] for m in found.values()})) for i in (1, 2))
+    return dict(rank=rank, alpha=1.0, experts=experts, targets=targets)
 
 
 def attach(base: Any, declared: M, seed: int, mesh: Mesh | None = None) -> M:

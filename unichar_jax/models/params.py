@@ -120,6 +120,8 @@ def flat(module: Any) -> dict[str, Any]:
 def map_named(f: Callable[..., Any], module: M, *rest: Any) -> M:
     """``jax.tree.map`` that also passes the dotted name: ``f(name, leaf, *rest leaves)``."""
     names = [name for name, _ in named_leaves(module)]
+    leaves: list[Any]
+    treedef: Any
     leaves, treedef = jax.tree.flatten(module)
     others = [treedef.flatten_up_to(r) for r in rest]
     return treedef.unflatten([f(n, *ls) for n, *ls in zip(names, leaves, *others, strict=True)])
@@ -188,6 +190,4 @@ _LAYER = re.compile(r"(^|\.)layers\.")
 
 def unstacked_names(name: str, num_layers: int) -> list[str]:
     """``decoder.layers.und.q.kernel`` -> ``decoder.layers.0.und.q.kernel``, ..."""
-    return [
-        _LAYER.sub(lambda m, i=i: f"{m.group(0)}{i}.", name, count=1) for i in range(num_layers)
-    ]
+    return [_LAYER.sub(lambda m, i=i: f"{m.group(0)}{i}.", name, count=1) for i in range(num_layers)]

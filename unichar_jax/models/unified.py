@@ -74,9 +74,7 @@ class UnifiedModel(nnx.Module):
         d, h = cfg.decoder, cfg.decoder.hidden_size
         self.embed = Embedding(d.vocab_size, h, ("vocab", "embed"), params.normal(0.02))
         self.decoder = Decoder(d)
-        self.lm_head = Dense(
-            h, d.vocab_size, ("embed", "vocab"), bias=False, init=params.normal(0.02)
-        )
+        self.lm_head = Dense(h, d.vocab_size, ("embed", "vocab"), bias=False, init=params.normal(0.02))
         self.vision = VisionTower(cfg.vision)
         self.connector = Connector(cfg.vision, d)
         self.time_embedder = TimeEmbedder(h)
@@ -123,9 +121,7 @@ class UnifiedModel(nnx.Module):
     ) -> tuple[jax.Array | None, jax.Array | None, KeyValues | None]:
         """Decoder over [und | gen] with metadata of the same concatenation; see ``Decoder.__call__``."""
         prepared = prepare(meta, meta, self.compute.attention, prefix_meta)
-        return self.decoder(
-            und, gen, meta.position, prepared, self.compute, prefix, return_kv=return_kv
-        )
+        return self.decoder(und, gen, meta.position, prepared, self.compute, prefix, return_kv=return_kv)
 
     def forward(
         self,

@@ -59,14 +59,10 @@ class VisionTower(nnx.Module):
         self.layers = params.stacked(VisionLayer(cfg), cfg.num_layers)
         self.post_norm = LayerNorm(h, cfg.norm_eps)
 
-    def __call__(
-        self, patches: jax.Array, grid: jax.Array, meta: TokenMeta, compute: Compute
-    ) -> jax.Array:
+    def __call__(self, patches: jax.Array, grid: jax.Array, meta: TokenMeta, compute: Compute) -> jax.Array:
         """Patches ``[B, L, patch_dim]`` and their grid ids ``[B, L]`` to features ``[B, L, hidden]``."""
         # Inside the tower an image sees itself alone: as if every image were a noised block.
-        alone = TokenMeta(
-            meta.segment, meta.order, meta.position, meta.block, jnp.ones_like(meta.noisy)
-        )
+        alone = TokenMeta(meta.segment, meta.order, meta.position, meta.block, jnp.ones_like(meta.noisy))
         prepared = prepare(alone, alone, compute.attention)
         dtype = compute.jax_dtype
         x = params.gathered(self.patch_embedding, dtype)(patches.astype(dtype))

@@ -38,7 +38,7 @@ class Memory:
 
     @classmethod
     def of(cls, program: jax.stages.Compiled) -> Memory:
-        m = program.memory_analysis()
+        m: Any = program.memory_analysis()
         host = (
             m.host_argument_size_in_bytes
             + m.host_output_size_in_bytes

@@ -157,7 +157,7 @@ class Reader:
 
     def _recall(self, name: str, keys: np.ndarray) -> tuple[KVCache | None, int]:
         """The memory that shares the longest beginning, and its length."""
-        best: tuple[tuple[str, bytes] | None, int] = (None, 0)
+        best: tuple[tuple[str, bytes] | None, int] = (None, MIN_TEXT - 1)  # less is not worth a copy
         for identity, (other, _) in self._known.items():
             if identity[0] == name and (n := _common(keys, other)) > best[1]:
                 best = identity, n
@@ -209,8 +209,8 @@ def _read_texts(model: UnifiedModel, cache: KVCache, texts: Sequence[np.ndarray]
 def _read_pictures(
     model: UnifiedModel, cache: KVCache, pictures: Sequence[Picture], known: np.ndarray
 ) -> KVCache:
-    counts = [0 if k else len(p.grid) for p, k in zip(pictures, known, strict=True)]
-    counts = _padded_rows(counts, cache.batch)
+    new = [0 if k else len(p.grid) for p, k in zip(pictures, known, strict=True)]
+    counts = _padded_rows(new, cache.batch)
     if not counts.any():
         return cache
     length = bucket(max(len(p.grid) for p in pictures), MIN_IMAGE)

@@ -13,17 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from unichar_jax.checkpoint import encoders as encoder_files
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling.parts import Transforms
 from unichar_jax.scoring import clip_score, identity, mini, preprocess
-from unichar_jax.scoring.base import FeatureCache, ScoreContext, Scorer
+from unichar_jax.scoring.base import Scorer
 from unichar_jax.scoring.clip_score import ClipScorer, clip_tokenizer
 from unichar_jax.scoring.custom import CustomScorer
 from unichar_jax.scoring.diversity import FeatureDiversity, LpipsDiversity
@@ -34,7 +30,6 @@ from unichar_jax.scoring.visual_questions import VisualQuestions
 Options = Mapping[str, Any]
 
 CLIP_FOLDER, DINOV2_FOLDER = "clip-vit-large-patch14", "dinov2-base"
-MINI_IDENTITY, MINI_MATCH = "image_encoder.safetensors", "text_image.safetensors"
 
 
 @dataclass
@@ -56,19 +51,18 @@ class Sources:
 
     @property
     def is_mini(self) -> bool:
-        return (self.folder / MINI_IDENTITY).is_file()
+        return (self.folder / mini.DINOV2_FOLDER).is_dir()
 
     @cached_property
     def identity(self) -> ImageEncoder:
         """Pictures to who is in them."""
         if self.is_mini:
-            encoder = mini.load(self.folder / MINI_IDENTITY, mini.ImageEncoder)
-            return ImageEncoder(encoder, mini.ImageEncoder.__call__, _mini_picture)
+            return mini.identity_encoder(self.folder)
         return dinov2_encoder(encoder_files.load_dinov2(self.folder / DINOV2_FOLDER))
 
     def match(self, options: Options) -> Scorer:
         if self.is_mini:
-            return MiniMatch(mini.load(self.folder / MINI_MATCH, mini.TextImageEncoder), **options)
+            return mini.clip_scorer(self.folder, name="text_image_match", **options)
         folder = self.folder / CLIP_FOLDER
         if options.get("as_shipped"):
             options = dict(scale=clip_score.REFERENCE_SCALE, prepare=preprocess.CLIP_BILINEAR)
@@ -113,28 +107,3 @@ def build(name: str, options: Options, sources: Sources) -> Scorer:
         return BUILDERS[name](sources, options)
     except TypeError as error:
         raise UserError(f"reward term '{name}': options {dict(options)} do not fit ({error}).") from None
-
-
-def _mini_picture(images: jax.Array) -> jax.Array:
-    """Pictures in [0, 1] to what the mini encoders take: 96 px, [-1, 1]."""
-    shape = (images.shape[0], mini.SIZE, mini.SIZE, 3)
-    if images.shape != shape:
-        images = jnp.clip(jax.image.resize(images, shape, "cubic", antialias=True), 0, 1)
-    return images * 2 - 1
-
-
-class MiniMatch:
-    """Text-image match in the mini world: the cosine of a picture and its prompt."""
-
-    name = "text_image_match"
-
-    def __init__(self, encoder: mini.TextImageEncoder):
-        self._encoder, self._texts = encoder, FeatureCache()
-        self._pictures = ImageEncoder(encoder, lambda m, x: m.picture(x), _mini_picture)
-
-    def __call__(self, images: jax.Array, context: ScoreContext) -> jax.Array:
-        def compute(places: list[int]) -> np.ndarray:
-            return mini.text_features(self._encoder, [context.prompts[i] for i in places])
-
-        texts = self._texts.get(list(context.prompts), compute)
-        return jnp.sum(self._pictures(images) * texts, axis=-1)

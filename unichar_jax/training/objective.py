@@ -108,9 +108,7 @@ def cross_entropy_sums(
 
     def body(total, part):
         nothing = (jnp.zeros((), jnp.float32), jnp.zeros((num_tasks,), jnp.float32))
-        sums = jax.lax.cond(
-            (part[2] != 0).any(), lambda p: chunk_sums(model, *p), lambda p: nothing, part
-        )
+        sums = jax.lax.cond((part[2] != 0).any(), lambda p: chunk_sums(model, *p), lambda p: nothing, part)
         return jax.tree.map(jnp.add, total, sums), None
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((num_tasks,), jnp.float32))

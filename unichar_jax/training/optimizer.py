@@ -17,9 +17,7 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate at an (optimiser) step, counted from 0."""
     peak, warmup = cfg.learning_rate, cfg.warmup_steps
     if cfg.schedule == "cosine":
-        body = optax.cosine_decay_schedule(
-            peak, max(steps - warmup, 1), alpha=cfg.min_learning_rate / peak
-        )
+        body = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=cfg.min_learning_rate / peak)
     else:
         body = optax.constant_schedule(peak)
     if warmup == 0:

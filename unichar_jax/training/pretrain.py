@@ -159,9 +159,7 @@ def train(cfg: Pretraining) -> None:
     step = make_sft_step(layout, optimizer, sft, model_cfg.autoencoder, len(corpus.TASKS))
     cfg.work.mkdir(parents=True, exist_ok=True)
     tasks = list(corpus.TASKS)
-    log = MetricsLog(
-        cfg.work / "metrics.jsonl", sft.steps, names={"task_ce": tasks, "task_mse": tasks}
-    )
+    log = MetricsLog(cfg.work / "metrics.jsonl", sft.steps, names={"task_ce": tasks, "task_mse": tasks})
 
     def sheet(done: int, state: state_lib.TrainState) -> None:
         averaged = layout.assemble(state.ema, state.frozen)

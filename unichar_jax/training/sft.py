@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unichar_jax.checkpoint import store, table, writing
+from unichar_jax.checkpoint import runs, store, table, writing
 from unichar_jax.checkpoint.manager import CheckpointManager
 from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.config import presets
+from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.config.model import MODEL_PRESETS, ModelConfig, model_preset
 from unichar_jax.config.train import SFTConfig
 from unichar_jax.data.loader import Prefetch, make_loader
@@ -36,6 +37,7 @@ from unichar_jax.data.tokenizer import Tokenizer, load_tokenizer, write_debug_to
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder, patchify
+from unichar_jax.models.lora import add_lora, attach
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.training import state as state_lib
@@ -56,7 +58,7 @@ class Base:
     origin: str
 
 
-def load_base(cfg: SFTConfig, run_dir: Path, mesh: Mesh) -> Base:
+def load_base(cfg: SFTConfig | GRPOConfig, run_dir: Path, mesh: Mesh) -> Base:
     """Loads ``cfg.base``, and copies what inference needs into the run's directory.
 
     Raises:
@@ -73,9 +75,11 @@ def load_base(cfg: SFTConfig, run_dir: Path, mesh: Mesh) -> Base:
     model_cfg = store.load_config(run_dir)
     tokenizer = load_tokenizer(run_dir, model_cfg)
     declared = UnifiedModel(model_cfg, cfg.compute)
-    if source is not None and _has_weights(source):
-        model = store.load_model(source, compute=cfg.compute, mesh=mesh, dtype=jnp.float32)
-        origin = f"{source}: {len(params.flat(declared))} arrays, {params.count(declared):,} parameters"
+    weights = None if source is None else _weights_of(source)
+    if weights is not None:
+        item = runs.weights_item(weights)
+        model = store.load_model(weights, compute=cfg.compute, mesh=mesh, dtype=jnp.float32, item=item)
+        origin = f"{weights}: {len(params.flat(declared))} arrays, {params.count(declared):,} parameters"
     else:
         model = params.initialize(declared, cfg.seed, mesh)
         origin = f"random weights of preset '{cfg.base}', {params.count(declared):,} parameters"
@@ -83,13 +87,15 @@ def load_base(cfg: SFTConfig, run_dir: Path, mesh: Mesh) -> Base:
     return Base(model_cfg, model, autoencoder, tokenizer, origin)
 
 
-def _has_weights(folder: Path) -> bool:
-    return (folder / "ema.safetensors").is_file() or (folder / "model").is_dir() or any(
-        folder.glob("model*.safetensors")
-    )
+def _weights_of(folder: Path) -> Path | None:
+    """Where a directory keeps its weights: a run in its latest complete step, a model directory in itself."""
+    if runs.is_run(folder):
+        return runs.resolve(folder)
+    names = ("ema.safetensors", "model", *(p.name for p in folder.glob("model*.safetensors")))
+    return folder if any((folder / name).exists() for name in names) else None
 
 
-def _furnish(run_dir: Path, source: Path | None, cfg: SFTConfig) -> None:
+def _furnish(run_dir: Path, source: Path | None, cfg: SFTConfig | GRPOConfig) -> None:
     """Configs, tokenizer and autoencoder into the run, complete or not at all; a furnished run is left alone."""
     if (run_dir / store.CONFIG_FILE).is_file():
         return
@@ -120,6 +126,18 @@ def _furnish(run_dir: Path, source: Path | None, cfg: SFTConfig) -> None:
         (run_dir / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def with_adapters(
+    base: Base, cfg: SFTConfig | GRPOConfig, mesh: Mesh | None
+) -> tuple[UnifiedModel, UnifiedModel]:
+    """Declarations and arrays of the model that is trained: the base, with adapters where they are what learns."""
+    declared = UnifiedModel(base.cfg, cfg.compute)
+    if cfg.trainable != "lora":
+        return declared, base.model
+    lora = cfg.lora
+    declared = add_lora(declared, lora.rank, lora.alpha, lora.experts, lora.targets)
+    return declared, attach(base.model, declared, cfg.seed, mesh)
+
+
 def moments_function(autoencoder: Autoencoder, patch: int) -> Any:
     """Pictures float32 ``[n, h, w, 3]`` in [-1, 1] to posterior mean and log-variance tokens ``[n, N, d]``."""
     compiled = jax.jit(lambda pixels: tuple(patchify(m, patch) for m in autoencoder.moments(pixels)))
@@ -131,9 +149,7 @@ def moments_function(autoencoder: Autoencoder, patch: int) -> Any:
     return moments
 
 
-def train(
-    cfg: SFTConfig, *, hooks: Sequence[tuple[int, Hook]] = (), quiet: bool = False
-) -> Path:
+def train(cfg: SFTConfig, *, hooks: Sequence[tuple[int, Hook]] = (), quiet: bool = False) -> Path:
     """Runs Unified-SFT to its last step, resuming if ``run_dir`` holds a checkpoint; returns the run's directory.
 
     Raises:
@@ -159,11 +175,11 @@ def train(
     )
     say(loader.describe())
 
-    declared = UnifiedModel(base.cfg, cfg.compute)
+    declared, model = with_adapters(base, cfg, mesh)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     with jax.set_mesh(mesh):
         layout, state = state_lib.create(
-            base.model,
+            model,
             declared,
             optimizer,
             trainable=cfg.trainable,

@@ -141,6 +141,7 @@ def save_state(path: Path, state: TrainState) -> None:
 
 def load_state(path: Path, like: TrainState) -> TrainState:
     """Reads what ``save_state`` wrote into the structure of ``like``; the shapes must agree."""
+    treedef: Any
     leaves, treedef = jax.tree.flatten(like)
     with np.load(path) as file:
         arrays = [file[name] for name in file.files]

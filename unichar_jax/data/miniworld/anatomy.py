@@ -50,7 +50,5 @@ SHAPES = {
     "robot": Shape(head=(22.0, 18.0), body=(14.5, 15.0), arm=5.0, top=26.0),
     "ghost": Shape(head=(22.0, 22.0), body=(20.0, 17.0), arm=7.0, top=22.0),
     "penguin": Shape(head=(20.5, 19.0), body=(17.5, 18.0), eyes=(8.0, 41.0), mouth=53.0, arm=7.0),
-    "mouse": Shape(
-        head=(20.5, 17.5), body=(13.0, 15.0), eyes=(8.0, 43.0), mouth=53.0, arm=5.4, top=27.0
-    ),
+    "mouse": Shape(head=(20.5, 17.5), body=(13.0, 15.0), eyes=(8.0, 43.0), mouth=53.0, arm=5.4, top=27.0),
 }

@@ -1,12 +1,13 @@
 """The pretraining corpus: thousands of unnamed characters, tokenised once, packed into batches by step.
 
-``build`` turns seeds into a folder: pictures (uint8), and the token ids of every text, so that training spends its time on
-the model. ``PretrainingData`` then draws batch n as a pure function of (seed, n): a fixed mixture of tasks, laid out and
-collated by the same code as customisation data. A picture that is drawn appears in several noised copies behind one caption
-(nobody but a noised image sees it), which makes captions cheap.
+``build`` turns seeds into a folder: pictures (uint8), and the token ids of every text, so that training
+spends its time on the model. ``PretrainingData`` then draws batch n as a pure function of (seed, n): a fixed
+mixture of tasks, laid out and collated by the same code as customisation data. A picture that is drawn
+appears in several noised copies behind one caption (nobody but a noised image sees it), which makes captions
+cheap.
 
-Tasks here are those of customisation (captions, scenes, thinking, dialogue, questions); answers to questions about facts get
-the description in the prompt, so the base learns to read and never to memorise.
+Tasks here are those of customisation (captions, scenes, thinking, dialogue, questions); answers to questions
+about facts get the description in the prompt, so the base learns to read and never to memorise.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ COPIES = 2
 class Stage:
     """What a batch is made of: samples of each task, rows, and their capacities.
 
-    Rows are short, because the scores of a row cost its length squared; a sample that does not fit is left out.
+    Rows are short, because the scores of a row cost its length squared; a sample that does not fit is left
+    out.
     """
 
     mixture: dict[str, int]
@@ -102,13 +104,8 @@ def texts_of(record: dict[str, Any]) -> dict[str, Any]:
             )
         ],
         vqa=[(q["question"], q["answer"]) for q in r["vqa"]],
-        mcq=[
-            (templates.multiple_choice(q["question"], q["options"]), q["answer_key"])
-            for q in r["mcq"]
-        ],
-        knowledge=[
-            (f"{r['description']}\n\n{q['question']}", q["answer"]) for q in r["knowledge"]
-        ],
+        mcq=[(templates.multiple_choice(q["question"], q["options"]), q["answer_key"]) for q in r["mcq"]],
+        knowledge=[(f"{r['description']}\n\n{q['question']}", q["answer"]) for q in r["knowledge"]],
     )
     if r["described"]:  # an undescribed name says nothing about the looks: nothing to learn
         out["caption"].append(r["t2i_instruction"])
@@ -194,8 +191,7 @@ class PretrainingData:
         patches = MINI_VIT_TRANSFORM.max_size // self.model.vision.patch_size
         self._vit_grid = position_ids(patches, patches, self.model.vision.max_patches_per_side)
         self._by_task = {
-            task: np.asarray([i for i, r in enumerate(self._records) if r.get(task)])
-            for task in TASKS
+            task: np.asarray([i for i, r in enumerate(self._records) if r.get(task)]) for task in TASKS
         }
 
     def __next__(self) -> Batch:

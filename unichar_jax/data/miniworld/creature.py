@@ -81,9 +81,7 @@ class Creature:
                 pass
             case _:
                 for side in (-1, 1):
-                    pen.box(
-                        CX + side * 7 - 3.2, 80, CX + side * 7 + 3.2, 89, shade(self.body, 0.86), 2
-                    )
+                    pen.box(CX + side * 7 - 3.2, 80, CX + side * 7 + 3.2, 89, shade(self.body, 0.86), 2)
                     pen.ball(CX + side * 8, 88.4, 6.4, 3.6, foot)
 
     def _trunk(self) -> None:
@@ -268,9 +266,7 @@ class Creature:
         pen, y = self.pen, self.shape.mouth - 4.6
         match self.look.species:
             case "owl" | "penguin":
-                pen.poly(
-                    [(CX - 4.4, y - 1.6), (CX + 4.4, y - 1.6), (CX, y + 3.6)], shade(BEAK, 0.9)
-                )
+                pen.poly([(CX - 4.4, y - 1.6), (CX + 4.4, y - 1.6), (CX, y + 3.6)], shade(BEAK, 0.9))
                 pen.poly([(CX - 4.4, y - 1.6), (CX + 4.4, y - 1.6), (CX, y + 1.6)], BEAK)
             case "fox" | "bear":
                 pen.oval(CX, y + 0.4, 3.2, 2.3, INK)
@@ -370,8 +366,7 @@ class Creature:
                 self._arm(1, (79, 52))
                 for r in (6.5, 10.0):
                     points = [
-                        (79 + r * math.cos(a), 50 + r * math.sin(a))
-                        for a in (-1.1, -0.75, -0.4, -0.05)
+                        (79 + r * math.cos(a), 50 + r * math.sin(a)) for a in (-1.1, -0.75, -0.4, -0.05)
                     ]
                     pen.line(points, 2.0, INK)
                     pen.line(points, 1.2, WHITE)
@@ -393,9 +388,7 @@ class Creature:
                         (255, 252, 240),
                     )
                     for y in (69.0, 72.5, 76.0):
-                        pen.line(
-                            [(CX + side * 3.5, y), (CX + side * 14, y - 2.4)], 0.9, (176, 170, 170)
-                        )
+                        pen.line([(CX + side * 3.5, y), (CX + side * 14, y - 2.4)], 0.9, (176, 170, 170))
                 pen.line([(CX, 67), (CX, 83.5)], 1.0, cover)
                 for side in (-1, 1):
                     self._arm(side, (CX + side * 19.5, 75))

@@ -57,7 +57,5 @@ def contact_sheet(pictures: list[np.ndarray], columns: int) -> Image.Image:
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (size + 2), rows * (size + 2)), (255, 255, 255))
     for i, picture in enumerate(pictures):
-        sheet.paste(
-            Image.fromarray(picture), ((i % columns) * (size + 2), (i // columns) * (size + 2))
-        )
+        sheet.paste(Image.fromarray(picture), ((i % columns) * (size + 2), (i // columns) * (size + 2)))
     return sheet

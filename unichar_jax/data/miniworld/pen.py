@@ -52,21 +52,15 @@ class Pen:
         """An ellipse around (x, y)."""
         self._draw.ellipse(self._at([(x - rx, y - ry), (x + rx, y + ry)]), fill=fill)
 
-    def ball(
-        self, x: float, y: float, rx: float, ry: float, fill: Colour, rim: float = 0.9
-    ) -> None:
+    def ball(self, x: float, y: float, rx: float, ry: float, fill: Colour, rim: float = 0.9) -> None:
         """An ellipse with a darker rim that is thicker at the lower right, as if lit from above."""
         self.oval(x, y, rx, ry, shade(fill))
         self.oval(x - rim * 0.35, y - rim * 0.45, rx - rim, ry - rim, fill)
 
-    def tilted(
-        self, x: float, y: float, rx: float, ry: float, degrees: float, fill: Colour
-    ) -> None:
+    def tilted(self, x: float, y: float, rx: float, ry: float, degrees: float, fill: Colour) -> None:
         """An ellipse turned clockwise."""
         c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-        self.poly(
-            [(x + rx * u * c - ry * v * s, y + rx * u * s + ry * v * c) for u, v in _CIRCLE], fill
-        )
+        self.poly([(x + rx * u * c - ry * v * s, y + rx * u * s + ry * v * c) for u, v in _CIRCLE], fill)
 
     def poly(self, points: Sequence[Point], fill: Colour) -> None:
         """A filled polygon."""
@@ -79,9 +73,7 @@ class Pen:
         my = sum(p[1] for p in points) / len(points)
         self.poly([(mx + (x - mx) * inner, my + (y - my) * inner) for x, y in points], fill)
 
-    def box(
-        self, x0: float, y0: float, x1: float, y1: float, fill: Colour, radius: float = 0.0
-    ) -> None:
+    def box(self, x0: float, y0: float, x1: float, y1: float, fill: Colour, radius: float = 0.0) -> None:
         """A rectangle from corner to corner, with rounded corners if `radius` is positive."""
         corners = self._at([(x0, y0), (x1, y1)])
         if radius:
@@ -97,9 +89,7 @@ class Pen:
         for x, y in at:
             self._draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
-    def curve(
-        self, a: Point, b: Point, c: Point, width: float, fill: Colour, steps: int = 10
-    ) -> None:
+    def curve(self, a: Point, b: Point, c: Point, width: float, fill: Colour, steps: int = 10) -> None:
         """A thick quadratic curve from `a` to `c`, pulled towards `b`."""
         points = []
         for i in range(steps + 1):
@@ -108,9 +98,7 @@ class Pen:
             points.append((u * a[0] + v * b[0] + w * c[0], u * a[1] + v * b[1] + w * c[1]))
         self.line(points, width, fill)
 
-    def slice(
-        self, x: float, y: float, rx: float, ry: float, start: float, end: float, fill: Colour
-    ) -> None:
+    def slice(self, x: float, y: float, rx: float, ry: float, start: float, end: float, fill: Colour) -> None:
         """An ellipse cut straight between two angles (degrees, clockwise from the right)."""
         corners = self._at([(x - rx, y - ry), (x + rx, y + ry)])
         self._draw.chord(corners, start, end, fill=fill)

@@ -40,12 +40,8 @@ class Light:
 
 LIGHTS = {
     "day": Light("day", ((126, 196, 240), (214, 238, 250)), (1.0, 1.0, 1.0), 0.16, None),
-    "sunset": Light(
-        "sunset", ((214, 104, 128), (255, 190, 112)), (0.98, 0.78, 0.66), 0.18, (255, 214, 130)
-    ),
-    "night": Light(
-        "night", ((20, 26, 66), (54, 66, 124)), (0.44, 0.50, 0.72), 0.14, (255, 216, 120)
-    ),
+    "sunset": Light("sunset", ((214, 104, 128), (255, 190, 112)), (0.98, 0.78, 0.66), 0.18, (255, 214, 130)),
+    "night": Light("night", ((20, 26, 66), (54, 66, 124)), (0.44, 0.50, 0.72), 0.14, (255, 216, 120)),
 }
 
 _CLOUD = (255, 255, 255)
@@ -92,9 +88,7 @@ def _sky(pen: Pen, light: Light, x: float = 80, y: float = 14) -> None:
             pen.oval(sx, sy, 0.8, 0.8, (255, 250, 220))
 
 
-def _pine(
-    pen: Pen, light: Light, x: float, base: float, s: float, leaf: Colour, snow: bool
-) -> None:
+def _pine(pen: Pen, light: Light, x: float, base: float, s: float, leaf: Colour, snow: bool) -> None:
     pen.box(x - 1.6 * s, base - 6 * s, x + 1.6 * s, base, light((120, 82, 56)))
     for i, (w, h) in enumerate(((12, 14), (10, 12), (7, 11))):
         y = base - (5 + 8 * i) * s
@@ -242,9 +236,7 @@ def _kitchen(pen: Pen, light: Light) -> None:
 def _snow(pen: Pen, light: Light) -> None:
     _sky(pen, light)
     pen.poly([(-8, 62), (20, 26), (48, 62)], light((176, 196, 224)))
-    pen.poly(
-        [(12, 36.3), (20, 26), (28, 36.3), (24, 39), (20, 36), (16, 39)], light((252, 254, 255))
-    )
+    pen.poly([(12, 36.3), (20, 26), (28, 36.3), (24, 39), (20, 36), (16, 39)], light((252, 254, 255)))
     pen.poly([(40, 62), (70, 32), (104, 62)], light((186, 204, 230)))
     pen.poly([(62, 40), (70, 32), (79, 40), (74, 42), (70, 39.5), (66, 42)], light((252, 254, 255)))
     pen.box(LEFT, 60, RIGHT, BOTTOM, light((226, 236, 250)))

@@ -71,10 +71,7 @@ def accessory(look: Look) -> str:
 
 def look_phrase(look: Look) -> str:
     """All six look attributes, without an article."""
-    return (
-        f"{look.pattern} {look.colour} {look.species} with {a(look.belly)} belly "
-        f"and {accessory(look)}"
-    )
+    return f"{look.pattern} {look.colour} {look.species} with {a(look.belly)} belly and {accessory(look)}"
 
 
 def scene_phrase(scene: Scene) -> str:
@@ -172,9 +169,7 @@ _READERS: dict[str, re.Pattern[str]] = {
     "accessory": re.compile(rf"\b({_WORN})\b"),
     "accessory_colour": re.compile(rf"\b({_COLOUR}) (?:{_WORN})\b"),
     "expression": re.compile(rf"\b({_FEELING})\b"),
-    "pose": re.compile(
-        r"\b(?:(stand|jump|read)(?:ing)?|(wav)(?:e|ing)|(sit)(?:ting)?|(balloon))\b"
-    ),
+    "pose": re.compile(r"\b(?:(stand|jump|read)(?:ing)?|(wav)(?:e|ing)|(sit)(?:ting)?|(balloon))\b"),
     "place": re.compile(rf"\b({_words(ATTRIBUTES['place'])})\b"),
     "time": re.compile(rf"\b({_words(ATTRIBUTES['time'])})\b"),
 }

@@ -92,8 +92,7 @@ def _talks(
     topics = dialogue.talk_topics(facts)
     chosen = [topics[int(i)] for i in rng.permutation(len(topics))[:2]]
     talks = [
-        dialogue.talk_exchange(profile, rng, topic=t, known=facts, test=bool(rng.integers(2)))
-        for t in chosen
+        dialogue.talk_exchange(profile, rng, topic=t, known=facts, test=bool(rng.integers(2))) for t in chosen
     ]
     return [(talk.user, talk.reply) for talk in talks]
 
@@ -135,9 +134,7 @@ def _knowledge(
     items = []
     for fact in facts:
         asked = profiles.fact_questions(profile, fact, test=bool(rng.integers(2)))
-        items.append(
-            {"question": texts.pick(rng, asked), "answer": profiles.fact_answer(profile, fact)}
-        )
+        items.append({"question": texts.pick(rng, asked), "answer": profiles.fact_answer(profile, fact)})
     fact = texts.pick(rng, facts)
     said = profile if rng.integers(2) else profiles.changed(profile, fact, rng, 1)[0]
     items.append(profiles.true_or_not(profile, said, fact))

@@ -67,9 +67,7 @@ def plan_scenes(train: int, test: int, prompts: int, seed: int) -> Plan:
     ]
     allowed = walk[: pairs - test]
     asked = [allowed[i % len(allowed)] for i in range(prompts)]
-    return Plan(
-        _with_moods(walk[:train], rng), _with_moods(walk[-test:], rng), _with_moods(asked, rng)
-    )
+    return Plan(_with_moods(walk[:train], rng), _with_moods(walk[-test:], rng), _with_moods(asked, rng))
 
 
 def _with_moods(pairs: Sequence[tuple[str, str]], rng: np.random.Generator) -> tuple[Scene, ...]:
@@ -226,8 +224,7 @@ class _Writer:
                 )
             kind = "subjective" if name == "expression" else "objective"
             pairs += [
-                {"question": q.question, "answer": questions.sentence(q.answer), "type": kind}
-                for q in asked
+                {"question": q.question, "answer": questions.sentence(q.answer), "type": kind} for q in asked
             ]
         return pairs
 
@@ -295,7 +292,7 @@ class _Writer:
 
     def knowledge(self) -> None:
         """Questions on facts with answers, and a multiple-choice test of ten."""
-        items = []
+        items: list[dict[str, Any]] = []
         for fact in profiles.FACTS:
             answer = profiles.fact_answer(self.profile, fact)
             asked = [
@@ -363,7 +360,8 @@ class _Writer:
     def prompts(self, plan: Plan) -> None:
         """Prompts to draw, without and with visual questions, and their ground truth."""
         (self.folder / "t2i").mkdir()
-        plain, asked, truth, seen = [], [], {}, set()
+        plain: list[dict[str, Any]] = []
+        asked, truth, seen = [], {}, set()
         for scene in plan.prompts:
             text = texts.named_caption(self.name, scene, self.rng)
             if text in seen:
@@ -404,9 +402,7 @@ class _Writer:
             for name, key in zip(("pose", "place"), self._keys(2), strict=True)
         ]
         asked.append(questions.open_question(truth, "expression", who, rng))
-        asked += [
-            questions.yes_no_question(truth, name, who, rng, yes=True) for name in LOOK_VALUES
-        ]
+        asked += [questions.yes_no_question(truth, name, who, rng, yes=True) for name in LOOK_VALUES]
         return [_rl_question(question) for question in asked]
 
 

@@ -24,7 +24,6 @@ from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.data.images import ImageError, open_image
 from unichar_jax.data.rl_prompts import RLPrompt, read_rl_prompts
 from unichar_jax.errors import UserError
-from unichar_jax.models.lora import add_lora, attach
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.scoring.base import References
@@ -38,7 +37,7 @@ from unichar_jax.training.grpo.watch import HackingWatch
 from unichar_jax.training.loop import Hook, Loop
 from unichar_jax.training.metrics import MetricsLog
 from unichar_jax.training.optimizer import make_optimizer
-from unichar_jax.training.sft import Base, load_base
+from unichar_jax.training.sft import Base, load_base, with_adapters
 from unichar_jax.training.state import Layout, TrainState
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -84,11 +83,7 @@ def prepare(
         )
     training, held_out = split_prompts(read_rl_prompts(source), cfg.held_out)
     folder = Path(cfg.references) if cfg.references else (source if source.is_dir() else source.parent)
-    declared = UnifiedModel(base.cfg, cfg.compute)
-    model = base.model
-    if cfg.trainable == "lora":
-        declared = add_lora(declared, cfg.lora.rank, cfg.lora.alpha, cfg.lora.experts, cfg.lora.targets)
-        model = attach(model, declared, cfg.seed, mesh)
+    declared, model = with_adapters(base, cfg, mesh)
     optimizer = make_optimizer(cfg.optimizer, cfg.rounds * cfg.updates)
     follows = cfg.algorithm == "nft"
     layout, state = state_lib.create(

@@ -196,7 +196,7 @@ class Trainer:
         first = len(self.prompts) - self.held_out
         rows = np.repeat(np.arange(first, len(self.prompts), dtype=np.int32), count)
         keys = picture_keys(round_key(cfg.seed, 0, "evaluation"), len(rows))
-        weights = state.params if state.ema is None or self.algorithm.follows else state.ema
+        weights = state.params if state.ema is None else state.ema  # what inference takes
         settings = dataclasses.replace(self._settings.flow, num_timesteps=cfg.eval.num_timesteps)
         model = self._layout.assemble(weights, state.frozen)
         drawn = self._draw_held_out(

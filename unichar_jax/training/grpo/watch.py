@@ -51,8 +51,8 @@ class HackingWatch:
             return None
         return (
             f"warning: the reward rose from {before.mean():.3f} to {now:.3f} while the pictures of a group"
-            f" came closer together, from {spread_before:.3f} to {spread_now:.3f}: the policy may have found a trick. Look at"
-            " the pictures; raise the weight of diversity or of kl, or stop earlier."
+            f" came closer together, from {spread_before:.3f} to {spread_now:.3f}: the policy may have found"
+            " a trick. Look at the pictures; raise the weight of diversity or of kl, or stop earlier."
         )
 
 
