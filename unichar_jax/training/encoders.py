@@ -15,6 +15,7 @@ resumes in ``--work``.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -58,7 +59,7 @@ HELD_OUT_SEED = 1_000_005
 
 @dataclasses.dataclass(frozen=True)
 class EncoderTraining:
-    """Settings of one run; the defaults made the shipped weights."""
+    """Settings of one run."""
 
     what: tyro.conf.Positional[Literal["judge", "image", "text"]]
     """Which one to train."""
@@ -104,11 +105,12 @@ def round_trip(
 
 
 def reconstructed_pool(cfg: EncoderTraining, pool: Pool, noise: float, name: str) -> np.ndarray:
-    """The first pictures of a pool through the autoencoder; made once."""
-    path = cfg.work / f"{name}.npy"
+    """The pictures of a pool through the autoencoder; made once for each autoencoder."""
+    weights = cfg.out / "ae.safetensors"
+    path = cfg.work / f"{name}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        model = load_weights(cfg.out / "ae.safetensors")
+        model = load_weights(weights)
         np.save(path, round_trip(model, np.asarray(pool.pictures), noise, cfg.seed))
     return np.load(path, mmap_mode="r")
 
