@@ -149,11 +149,11 @@ def _models(specs: tuple[str, ...]) -> list[_Model]:
     """Paths and contexts, with labels that tell them apart."""
     parsed = []
     for spec in specs:
-        path, _, context = spec.partition("@")
-        if context and context not in CONTEXTS:
-            raise UserError(f"{spec}: expected @{' or @'.join(CONTEXTS[1:])} after a path, got @{context}.")
-        parsed.append((Path(path), context or "name"))
-        runs.resolve(Path(path))
+        location, _, said = spec.partition("@")
+        if said and said not in CONTEXTS:
+            raise UserError(f"{spec}: expected @{' or @'.join(CONTEXTS[1:])} after a path, got @{said}.")
+        parsed.append((Path(location), said or "name"))
+        runs.resolve(Path(location))
     names = [p.name for p, _ in parsed]
     made = []
     for path, context in parsed:
@@ -190,7 +190,10 @@ def _instruments(cfg: Evaluation, run: Path, folder: Path) -> Instruments:
     place = Path(named) if Path(named).is_dir() else presets.resource_dir("checkpoints") / named
     if named and not place.is_dir():
         raise UserError(f"encoders '{named}': no such folder; give --encoders FOLDER.")
-    return find_instruments(place if named else None, rater)
+    found = find_instruments(place if named else None, rater)
+    if cfg.encoders and not (found.scorers or found.diversity or found.judge):
+        raise UserError(f"encoders '{cfg.encoders}': {' '.join(found.missing.values())}; correct --encoders.")
+    return found
 
 
 def _subject(cfg: Evaluation, engine: Any, path: Path) -> EngineSubject:

@@ -139,7 +139,9 @@ class Batcher:
                 if self._closed:
                     return None
                 self._changed.wait()
-            batch, rest, rows = [], collections.deque(), 0
+            batch: list[Job] = []
+            rest: collections.deque[Job] = collections.deque()
+            rows = 0
             for job in self._waiting:
                 if job.cancelled:
                     job.finish()

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class MetricsLog:
         self, path: Path, steps: int, names: dict[str, list[str]] | None = None, quiet: bool = False
     ):
         self.path, self.steps, self.names, self.quiet = path, steps, names or {}, quiet
-        self._file = None
+        self._file: TextIO | None = None
         self._clock: tuple[float, int] | None = None
         self._tokens = 0.0
 
