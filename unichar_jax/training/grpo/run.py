@@ -30,7 +30,7 @@ from unichar_jax.scoring.base import References
 from unichar_jax.scoring.registry import Sources, build
 from unichar_jax.training import metrics as metrics_lib
 from unichar_jax.training import state as state_lib
-from unichar_jax.training.grpo.rewards import RewardError, Rewards
+from unichar_jax.training.grpo.rewards import RewardError, Rewards, Scores
 from unichar_jax.training.grpo.rollouts import Rounds
 from unichar_jax.training.grpo.trainer import Trainer
 from unichar_jax.training.grpo.watch import HackingWatch
@@ -39,6 +39,9 @@ from unichar_jax.training.metrics import MetricsLog
 from unichar_jax.training.optimizer import make_optimizer
 from unichar_jax.training.sft import Base, load_base, with_adapters
 from unichar_jax.training.state import Layout, TrainState
+
+Observer = Callable[[int, Sequence[RLPrompt], np.ndarray, Scores], None]
+"""``(rounds done, prompt of each picture, pictures uint8 [B, H, W, 3], scores)``."""
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -128,13 +131,20 @@ def _encoder_folder(cfg: GRPOConfig) -> Path:
     return given if given.is_dir() else presets.resource_dir("checkpoints") / cfg.encoders
 
 
-def train(cfg: GRPOConfig, *, hooks: Sequence[tuple[int, Hook]] = (), quiet: bool = False) -> Path:
+def train(
+    cfg: GRPOConfig,
+    *,
+    hooks: Sequence[tuple[int, Hook]] = (),
+    observe: Observer | None = None,
+    quiet: bool = False,
+) -> Path:
     """Runs Character-GRPO to its last round, resuming if ``run_dir`` holds a checkpoint; returns the run's
     directory.
 
         Args:
           cfg: the experiment.
           hooks: called after rounds that their interval divides.
+      observe: called after each evaluation of held-out prompts.
           quiet: say nothing on the terminal.
 
         Raises:
@@ -165,7 +175,7 @@ def train(cfg: GRPOConfig, *, hooks: Sequence[tuple[int, Hook]] = (), quiet: boo
             steps=cfg.rounds,
             save_every=cfg.save.every,
             log_every=cfg.log_every,
-            hooks=[*_hooks(cfg, trainer, run_dir, say), *hooks],
+            hooks=[*_hooks(cfg, trainer, run_dir, say, observe), *hooks],
         )
         state = loop.resume(state)
         done = int(state.step)
@@ -173,7 +183,7 @@ def train(cfg: GRPOConfig, *, hooks: Sequence[tuple[int, Hook]] = (), quiet: boo
             say(f"resuming after round {done}")
             trainer.watch = HackingWatch.resumed(metrics_lib.read(loop.log.path))
         elif cfg.eval.every and trainer.held_out:
-            _evaluation(trainer, run_dir, say)(0, state)
+            _evaluation(trainer, run_dir, say, observe)(0, state)
         try:
             loop.run(state)
         except RewardError as error:
@@ -190,7 +200,11 @@ def train(cfg: GRPOConfig, *, hooks: Sequence[tuple[int, Hook]] = (), quiet: boo
 
 
 def _hooks(
-    cfg: GRPOConfig, trainer: Trainer, run_dir: Path, say: Callable[[str], None]
+    cfg: GRPOConfig,
+    trainer: Trainer,
+    run_dir: Path,
+    say: Callable[[str], None],
+    observe: Observer | None,
 ) -> list[tuple[int, Hook]]:
     def pictures(done: int, state: TrainState) -> None:
         del state
@@ -198,19 +212,24 @@ def _hooks(
             _save_picture(run_dir, f"round-{done:06d}.png", trainer.sheet())
 
     every = cfg.eval.every if trainer.held_out else 0
-    return [(cfg.pictures_every, pictures), (every, _evaluation(trainer, run_dir, say))]
+    return [(cfg.pictures_every, pictures), (every, _evaluation(trainer, run_dir, say, observe))]
 
 
-def _evaluation(trainer: Trainer, run_dir: Path, say: Callable[[str], None]) -> Hook:
+def _evaluation(
+    trainer: Trainer, run_dir: Path, say: Callable[[str], None], observe: Observer | None
+) -> Hook:
     """Scores held-out prompts; replaces the line of the same round, so a repeated evaluation is no second
     one.
     """
     path = run_dir / "held_out.jsonl"
 
     def evaluate(done: int, state: TrainState) -> None:
-        values, images, _ = trainer.evaluate(state)
+        values, images, scores = trainer.evaluate(state)
         if jax.process_index():
             return
+        if observe is not None:
+            held_out = trainer.prompts[len(trainer.prompts) - trainer.held_out :]
+            observe(done, [p for p in held_out for _ in range(trainer.cfg.eval.pictures)], images, scores)
         kept = [r for r in metrics_lib.read(path) if r["step"] < done] if path.exists() else []
         lines = "".join(json.dumps(r) + "\n" for r in [*kept, {"step": done, **values}])
         temporary = path.with_suffix(".tmp")
