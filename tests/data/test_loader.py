@@ -189,6 +189,13 @@ def test_what_no_row_can_hold_is_named(tiny_root, tokenizer):
         loader(config(tiny_root, capacities=(1, 1, 1)), tokenizer)
 
 
+def test_the_log_says_why_rows_stay_empty(tiny_root, tokenizer):
+    rare = loader(config(tiny_root, tasks={"vqa": 0.02, "vlm": 1.0}, look_max=112, look_min=112), tokenizer)
+    vit = rare.capacities.vit
+    assert f"note: of {vit} vit tokens a row uses" in rare.describe()
+    assert "note: of" not in loader(config(tiny_root, tasks={"vlm": 1.0}), tokenizer).describe()
+
+
 def test_the_log_says_what_is_trained_on(tiny_root, tokenizer):
     told = loader(config(tiny_root), tokenizer).describe()
     assert "1 characters (Tess)" in told
@@ -278,14 +285,13 @@ def test_real_characters_fill_their_rows(rolescape_dir, rolescape_tokenizer):
     """All tasks of all characters over 200 sequences: fill, frequencies, waiting."""
     model = dataclasses.replace(model_preset("bagel-7b"), special_tokens=SpecialTokens(1, 2, 3, 4))
     cfg = DataConfig(path=str(rolescape_dir), cache_dir="")
-    no_encoder = dataclasses.replace(cfg)  # pictures are not needed for planning
 
     def blank(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.zeros((len(images), images.shape[1] * images.shape[2] // 256, 1), np.float32)
         return tokens, tokens
 
-    real = make_loader(no_encoder, model, rolescape_tokenizer, blank)
-    planner = real._rows.planner
+    real = make_loader(cfg, model, rolescape_tokenizer, blank)
+    planner = real.planner
     assert set(real.tasks) == set(TASKS)
     assert not real.left_out
     assert 11_000 <= real.capacities.total <= 13_000

@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,6 +238,7 @@ class Loader:
       tasks: names of the tasks that ``task`` in a batch counts.
       mixture: weights of the sources.
       left_out: samples that no row can hold, by key, with the reason.
+      planner: which samples a packed sequence holds.
     """
 
     def __init__(
@@ -245,7 +247,7 @@ class Loader:
         tasks: tuple[str, ...],
         mixture: Mixture,
         left_out: Mapping[str, str],
-        fill: float,
+        capacities: packing.Capacities,
         global_batch: int,
         process_index: int,
         process_count: int,
@@ -259,8 +261,9 @@ class Loader:
         rows.rows = range(process_index * local, (process_index + 1) * local)
         rows.stride = global_batch
         self.tasks, self.mixture, self.left_out = tasks, mixture, left_out
-        self.capacities = rows.planner.capacities
-        self._rows, self._fill, self._sequence = rows, fill, 0
+        self.planner, self.capacities = rows.planner, capacities.sizes
+        self._rows, self._trial, self._sequence = rows, capacities, 0
+        self._fingerprint = _fingerprint(rows, mixture)
         self._iterator: Iterator[Batch] | None = None
 
     def __iter__(self) -> Loader:
@@ -290,12 +293,17 @@ class Loader:
             )
         return iter(data)
 
-    def state(self) -> dict[str, Any]:
-        """The position after the batches taken so far, as JSON; the same in every process."""
+    def state(self, batches_back: int = 0) -> dict[str, Any]:
+        """The position after the batches taken so far, as JSON; the same in every process.
+
+        Args:
+          batches_back: count so many of them as not taken.
+        """
+        sequence = self._sequence - batches_back * self._rows.stride
         return {
-            "sequence": self._sequence,
-            "plan": self._rows.planner.cursor(self._sequence),
-            "data": self._fingerprint(),
+            "sequence": sequence,
+            "plan": self.planner.cursor(sequence),
+            "data": self._fingerprint,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -304,7 +312,7 @@ class Loader:
         Raises:
           UserError: the data, the mixture or the capacities are not those of ``state``.
         """
-        if state["data"] != self._fingerprint():
+        if state["data"] != self._fingerprint:
             raise UserError(
                 "the training data changed since the checkpoint was written (samples, mixture, seed or"
                 " capacities), so it cannot be continued exactly. Undo the change, or start a new run"
@@ -312,17 +320,11 @@ class Loader:
             )
         self.close()
         self._sequence = int(state["sequence"])
-        self._rows.planner.seek(state["plan"])
+        self.planner.seek(state["plan"])
 
     def close(self) -> None:
         """Ends the workers; the next batch starts them again."""
         self._iterator = None
-
-    def _fingerprint(self) -> str:
-        """Changes with anything that changes the order of samples."""
-        told = [self._rows.cfg.seed, self._rows.cfg.window, self.capacities, self.mixture.weights]
-        keys = [ready.key + str(ready.sizes) for source in self._rows.sources for ready in source]
-        return hashlib.sha256(repr((told, keys)).encode()).hexdigest()[:16]
 
     def describe(self) -> str:
         """What is trained on, for the log."""
@@ -339,13 +341,39 @@ class Loader:
         text, vit, latent = self.capacities
         lines.append(
             f"  rows of {self.capacities.total} tokens (text {text}, vit {vit}, latent {latent}),"
-            f" about {100 * self._fill:.0f} % full"
+            f" about {100 * self._trial.fill:.0f} % full"
         )
+        lines += self._advice()
         lines += [f"  note: {note}" for note in self.mixture.notes]
         if self.left_out:
             lines.append(f"  left out, {len(self.left_out)} samples larger than a row:")
             lines += [f"    {key}: {why}" for key, why in self.left_out.items()]
         return "\n".join(lines)
+
+    def _advice(self) -> list[str]:
+        """Why rows stay partly empty, where they do."""
+        parts = zip(Sizes._fields, self._trial.used, self.capacities, strict=True)
+        name, used, room = min((p for p in parts if p[2]), key=lambda p: p[1] / p[2])
+        if self._trial.fill >= 0.9:
+            return []
+        return [
+            f"  note: of {room} {name} tokens a row uses {used:.0f}: the budget must hold the largest sample,"
+            " but the mixture has few of them. A recipe with more of these tasks, smaller pictures or longer"
+            " rows would fill it."
+        ]
+
+
+def _fingerprint(rows: _Rows, mixture: Mixture) -> str:
+    """Changes with anything that changes which texts and pictures come when."""
+    told = hashlib.sha256()
+    plan = (rows.cfg.seed, rows.cfg.window, tuple(rows.planner.capacities), mixture)
+    told.update(repr(plan).encode())
+    for ready in itertools.chain(*rows.sources):
+        told.update(f"{ready.key} {ready.sizes}".encode())
+        for part in ready.parts:
+            if part.ids is not None:
+                told.update(part.ids.tobytes())
+    return told.hexdigest()[:16]
 
 
 def make_loader(
@@ -423,23 +451,24 @@ def make_loader(
     tasks = tuple(dict.fromkeys(key.task for key in mixture.keys))
     task_of = [tasks.index(key.task) for key in mixture.keys]
     rows = _Rows(cfg, model, transforms, cache, used, task_of, planner)
-    return Loader(rows, tasks, mixture, left_out, chosen.fill, global_batch, process_index, process_count)
+    return Loader(rows, tasks, mixture, left_out, chosen, global_batch, process_index, process_count)
 
 
 class Prefetch:
     """A loader whose next batches are put onto the devices while the present one is trained on.
 
     Args:
-      loader: anything with ``__next__``, ``state`` and ``restore``.
+      loader: gives host batches; not to be used otherwise meanwhile.
       put: host batch to device batch, such as ``functools.partial(put_batch, mesh=mesh)``.
       depth: how many batches are kept ready.
     """
 
     def __init__(self, loader: Loader, put: Callable[[Batch], Any], depth: int = 1):
         self._loader, self._put, self._depth = loader, put, depth
-        self._state = loader.state()
+        self._taken = self._handed_out = 0
         self._stop: threading.Event | None = None
         self._ready: queue.Queue[Any] = queue.Queue()
+        self._lock = threading.Lock()
 
     def __iter__(self) -> Prefetch:
         return self
@@ -447,21 +476,21 @@ class Prefetch:
     def __next__(self) -> Any:
         if self._stop is None:
             self._begin()
-        batch, state = self._ready.get()
-        if state is None:  # the loader failed; its error belongs here
+        batch = self._ready.get()
+        if isinstance(batch, BaseException):  # the loader failed; its error belongs here
             self._stop = None
             raise batch
-        self._state = state
+        self._handed_out += 1
         return batch
 
     def state(self) -> dict[str, Any]:
         """The position after the batches handed out, not after those kept ready."""
-        return self._state
+        with self._lock:
+            return self._loader.state(batches_back=self._taken - self._handed_out)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.close()
         self._loader.restore(state)
-        self._state = state
 
     def close(self) -> None:
         """Stops preparing batches."""
@@ -470,7 +499,8 @@ class Prefetch:
             while self._thread.is_alive():
                 with contextlib.suppress(queue.Empty):
                     self._ready.get(timeout=0.05)
-            self._loader.restore(self._state)
+            self._loader.restore(self.state())
+            self._taken = self._handed_out = 0
             self._stop = None
 
     def _begin(self) -> None:
@@ -481,7 +511,9 @@ class Prefetch:
     def _work(self, stop: threading.Event, ready: queue.Queue[Any]) -> None:
         try:
             while not stop.is_set():
-                batch = self._put(next(self._loader))
-                ready.put((batch, self._loader.state()))
+                with self._lock:
+                    batch = next(self._loader)
+                    self._taken += 1
+                ready.put(self._put(batch))
         except BaseException as error:  # handed to the consumer
-            ready.put((error, None))
+            ready.put(error)

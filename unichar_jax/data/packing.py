@@ -244,10 +244,19 @@ class Planner:
 
 
 class Capacities(NamedTuple):
-    """Chosen budgets, and how full rows get, measured where they were not chosen."""
+    """Budgets of a row, and how full a mixture gets them.
+
+    Attributes:
+      sizes: the capacities.
+      used: tokens per row in a trial, on average, in each stream.
+    """
 
     sizes: Sizes
-    fill: float
+    used: tuple[float, float, float]
+
+    @property
+    def fill(self) -> float:
+        return sum(self.used) / max(1, self.sizes.total)
 
 
 LOW, HIGH = 0.8953, 1.0579
@@ -296,20 +305,20 @@ def derive_capacities(
                 tokens = trial.volume[draws].sum() / trial.rows
                 candidates[Sizes(text, vit, latent)] = tokens / (text + vit + latent)
     ranked = sorted(candidates, key=lambda c: (-candidates[c], c))
-    best = max((Capacities(c, trial.fill(c)) for c in ranked[:5]), key=lambda c: c.fill)
+    best = max((trial.run(c) for c in ranked[:5]), key=lambda c: c.fill)
     for more in (1.04,):  # words rarely spread evenly over rows
         capacities = best.sizes._replace(text=align(best.sizes.text * more, unit))
         if capacities.total <= high:
-            best = max(best, Capacities(capacities, trial.fill(capacities)), key=lambda c: c.fill)
+            best = max(best, trial.run(capacities), key=lambda c: c.fill)
     return try_capacities(mixture, sizes, best.sizes, seed + 1, window)
 
 
 def try_capacities(
     mixture: Mixture, sizes: Sequence[np.ndarray], capacities: Sizes, seed: int, window: int
 ) -> Capacities:
-    """Given capacities, and how full the mixture gets them."""
+    """Given capacities, and how full a mixture gets them."""
     trial = _Trial(mixture, sizes, max(1, capacities.total), seed, window)
-    return Capacities(capacities, trial.fill(capacities))
+    return trial.run(capacities)
 
 
 def too_large(sizes: Sizes, capacities: Sizes) -> str | None:
@@ -385,11 +394,12 @@ class _Trial:
         self.sizes = np.array([sizes[d.source][d.sample] for d in draws])
         self.volume = np.concatenate([np.zeros((1, 3), int), np.cumsum(self.sizes, axis=0)])
 
-    def fill(self, capacities: Sizes) -> float:
+    def run(self, capacities: Sizes) -> Capacities:
         count = 0
         for _ in range(_TRIAL_WINDOWS):
             count += longest_fit(self.sizes[count:], capacities, self.window, 0.01)[0]
-        return float(self.volume[count].sum() / (capacities.total * self.rows))
+        text, vit, latent = (self.volume[count] / self.rows).tolist()
+        return Capacities(capacities, (text, vit, latent))
 
     def grid(self, stream: int) -> list[int]:
         """Capacities to try for an image stream: the smallest possible one, then even steps."""
