@@ -13,7 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from unichar_jax.checkpoint import encoders as files
-from unichar_jax.errors import UserError
 from unichar_jax.evaluation.pictures import Instruments, MeanSimilarity
 from unichar_jax.evaluation.rater import Rater
 from unichar_jax.models.encoders.clip import Clip
@@ -25,7 +24,11 @@ from unichar_jax.scoring.features import ImageEncoder
 from unichar_jax.scoring.identity import dinov2_encoder
 
 CLIP_FOLDER, DINOV2_FOLDER = "clip-vit-large-patch14", "dinov2-base"
-"""Where the published encoders lie below the folder; LPIPS is ``lpips_alex.safetensors`` beside them."""
+PUBLISHED_FILES = (CLIP_FOLDER, DINOV2_FOLDER, files.LPIPS_FILE)
+"""What a folder of the published encoders holds: two folders as on the Hub, one file."""
+
+MINI_FILES = (mini.CLIP_FOLDER, mini.DINOV2_FOLDER, mini.JUDGE_FILE)
+"""What the mini model's folder holds besides."""
 
 TRAINED_BY: Mapping[str, tuple[str, ...]] = {
     "text_image_match": ("clip_t",),
@@ -51,11 +54,16 @@ def find_instruments(folder: Path | None, rater: Rater | None = None) -> Instrum
       rater: gives marks, if there is an endpoint.
     """
     if folder is None:
-        why = "no encoders were given; give --encoders FOLDER"
-        return Instruments(rater=rater, missing={"clip_t, clip_i, dino, diversity": why})
-    if any((folder / name).exists() for name in (mini.CLIP_FOLDER, mini.DINOV2_FOLDER, mini.JUDGE_FILE)):
+        return _none("no encoders were given; give --encoders FOLDER", rater)
+    if any((folder / name).exists() for name in MINI_FILES):
         return _mini(folder, rater)
-    return _published(folder, rater)
+    if any((folder / name).exists() for name in PUBLISHED_FILES):
+        return _published(folder, rater)
+    return _none(f"{folder} holds none of {', '.join((*PUBLISHED_FILES, *MINI_FILES))}", rater)
+
+
+def _none(why: str, rater: Rater | None) -> Instruments:
+    return Instruments(rater=rater, missing={"clip_t, clip_i, dino, diversity": why})
 
 
 def _mini(folder: Path, rater: Rater | None) -> Instruments:
@@ -87,15 +95,8 @@ def _published(folder: Path, rater: Rater | None) -> Instruments:
     if _present(folder / DINOV2_FOLDER, "dino", missing):
         encoder = dinov2_encoder(files.load_dinov2(folder / DINOV2_FOLDER))
         scorers.append(MeanSimilarity(encoder, "dino"))
-    try:
+    if _present(folder / files.LPIPS_FILE, "diversity", missing):
         diversity = LpipsDiversity(files.load_lpips(folder), size=256)
-    except UserError as error:
-        missing["diversity"] = str(error).splitlines()[0]
-    if not scorers and diversity is None:
-        raise UserError(
-            f"{folder}: no encoders here. Expected {CLIP_FOLDER}/, {DINOV2_FOLDER}/ and lpips_alex.safetensors, or"
-            f" the mini world's {mini.CLIP_FOLDER}/, {mini.DINOV2_FOLDER}/ and {mini.JUDGE_FILE}."
-        )
     return Instruments(tuple(scorers), diversity, None, rater, missing)
 
 

@@ -1,0 +1,43 @@
+"""What a folder of encoders offers, and what is said of the rest."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from unichar_jax.data.miniworld.world import ATTRIBUTES
+from unichar_jax.evaluation.instruments import find_instruments, rewarded_metrics
+from unichar_jax.models import params
+from unichar_jax.scoring import mini
+
+
+def test_a_judge_alone_reads_attributes(tmp_path):
+    mini.save_judge(tmp_path / mini.JUDGE_FILE, params.initialize(mini.Judge(), 0))
+    found = find_instruments(tmp_path)
+    assert not found.scorers
+    assert sorted(found.missing) == ["clip_t, clip_i", "dino, diversity"]
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), np.uint8)
+    read = found.judge(pictures)
+    assert {name: p.shape for name, p in read.items()} == {n: (3, len(v)) for n, v in ATTRIBUTES.items()}
+    for shares in read.values():
+        np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=1e-5)
+    expected = mini.load_judge(tmp_path)(jax.numpy.asarray(pictures, np.float32) / 255)
+    assert [ATTRIBUTES["pose"][k] for k in read["pose"].argmax(-1)] == [r["pose"] for r in expected]
+
+
+@pytest.mark.parametrize("name", [None, "empty"])
+def test_nothing_is_said_to_be_missing(tmp_path, name):
+    found = find_instruments(tmp_path if name else None)
+    assert (found.scorers, found.diversity, found.judge) == ((), None, None)
+    assert list(found.missing) == ["clip_t, clip_i, dino, diversity"]
+
+
+def test_terms_of_a_reward_mark_their_metrics():
+    from unichar_jax.config.grpo import GRPOConfig
+
+    config = dataclasses.asdict(GRPOConfig())
+    assert rewarded_metrics(config) == ("clip_t", "dino", "diversity")
+    off = {"reward": [{"name": "identity", "weight": 0.0}, {"name": "my.py:reward", "weight": 1.0}]}
+    assert rewarded_metrics(off) == ()
+    assert rewarded_metrics({"base": "mini"}) == ()
