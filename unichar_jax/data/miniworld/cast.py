@@ -22,6 +22,9 @@ MIN_DISTANCE = 3
 
 Role = Literal["experiment", "annotation", "spare"]
 
+_TOLD = ("job", "home", "hobby", "food", "catchphrase")
+"""Facts that a description tells."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -40,7 +43,12 @@ class Member:
     @property
     def description(self) -> str:
         """The persona in 25 to 45 words. It names the character and says nothing of its looks."""
-        return describe(self.profile, ("job", "home", "hobby", "food", "catchphrase"))
+        return describe(self.profile, _TOLD)
+
+    @property
+    def full_description(self) -> str:
+        """The persona with the looks: for a model that knows the character from words alone."""
+        return describe(self.profile, _TOLD, self.look)
 
     @property
     def full_profile(self) -> str:

@@ -204,6 +204,7 @@ class _Writer:
         return {
             "look": dataclasses.asdict(self.member.look),
             "profile": dataclasses.asdict(self.profile),
+            "full_description": self.member.full_description,
         }
 
     def _qa_pairs(self, scene: Scene, index: int, test: bool) -> list[dict[str, str]]:
