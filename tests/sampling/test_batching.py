@@ -49,6 +49,22 @@ def test_jobs_with_one_key_run_together_in_order_and_within_bounds() -> None:
     assert run.batches == [[0], [1, 3], [2], [4], [5]]
 
 
+def test_jobs_submitted_together_share_a_batch_whatever_the_timing() -> None:
+    run = Recorder()
+    batcher = Batcher(run, max_rows=4, max_queue=3)
+    with batcher.together():
+        jobs = []
+        for i in range(2):
+            jobs.append(batcher.submit(Job("a", i)))
+            assert not run.started.wait(0.05)  # the idle worker does not begin with the first alone
+    assert [job.result(10) for job in jobs] == ["done 0", "done 1"]
+    with batcher.together():  # more than the queue holds: it runs what there is
+        jobs = [batcher.submit(Job("a", i), wait=True) for i in range(10)]
+    assert [job.result(10) for job in jobs] == [f"done {i}" for i in range(10)]
+    batcher.close()
+    assert run.batches[0] == [0, 1]
+
+
 def test_a_full_queue_says_so_or_waits() -> None:
     run = Recorder(open_gate=False)
     batcher = Batcher(run, max_rows=1, max_queue=2)

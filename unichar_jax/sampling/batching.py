@@ -8,6 +8,7 @@ always ends: with a result, with the error of its batch, or cancelled. Nothing h
 from __future__ import annotations
 
 import collections
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterator
@@ -119,6 +120,13 @@ class Batcher:
             self._waiting.append(job)
             self._changed.notify_all()
         return job
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Jobs submitted inside start when all are queued (or the queue is full): their batches do not depend on
+        timing. Wait for results outside."""
+        with self._changed:
+            yield
 
     def close(self) -> None:
         """Cancels what waits, lets the running batch end, and stops the thread."""

@@ -12,6 +12,7 @@ arrays they share are held once, programs are compiled once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,13 @@ class Engine:
     def close(self) -> None:
         """Cancels waiting requests and stops; running ones end first."""
         self._batcher.close()
+
+    def together(self) -> AbstractContextManager[None]:
+        """Requests submitted inside start when all are queued: equal calls then run in equal batches.
+
+        Take results outside of it, where the engine can work.
+        """
+        return self._batcher.together()
 
     def __enter__(self) -> Engine:
         return self
