@@ -79,7 +79,7 @@ class EngineSubject:
 
     def write(self, prompts: Sequence[Prompt], seeds: Sequence[int], *, greedy: bool = False) -> list[str]:
         settings = replace(self.writing, temperature=0.0) if greedy else self.writing
-        return _all(
+        return self._all(
             self.engine.submit_parts(
                 self._parts(prompt), replace(settings, seed=seed), model=self.model, wait=True
             )
@@ -88,7 +88,7 @@ class EngineSubject:
 
     def draw(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
         changing = replace(EDITING, num_timesteps=self.drawing.num_timesteps)
-        drawn = _all(
+        drawn = self._all(
             self.engine.submit_images(
                 prompt.text,
                 1,
@@ -107,6 +107,18 @@ class EngineSubject:
     ) -> list[list[np.ndarray]]:
         contexts = [self._parts(prompt) for prompt in prompts]
         return answer_log_probs(self.engine, contexts, answers, model=self.model)
+
+    def _all(self, jobs: Iterable[Job]) -> list[Any]:
+        """Results in order; if one fails or the caller is interrupted, the others are cancelled."""
+        submitted: list[Job] = []
+        try:
+            with self.engine.together():
+                submitted.extend(jobs)
+            return [job.result() for job in submitted]
+        except BaseException:
+            for job in submitted:
+                job.cancel()
+            raise
 
     def _parts(self, prompt: Prompt) -> list[Part]:
         seen: list[Part] = [] if prompt.image is None else [self.engine.parts.look(prompt.image)]
@@ -151,15 +163,3 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 def _digest(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-
-
-def _all(jobs: Iterable[Job]) -> list[Any]:
-    """Results in order; if one fails or the caller is interrupted, the others are cancelled."""
-    submitted: list[Job] = []
-    try:
-        submitted.extend(jobs)
-        return [job.result() for job in submitted]
-    except BaseException:
-        for job in submitted:
-            job.cancel()
-        raise
