@@ -33,7 +33,6 @@ COUNTS = {
         "vqa": 80,
     }.items()
 }
-TOKENS = {key: 2000.0 if key.task in ("t2i", "vqa") else 200.0 for key in COUNTS}
 
 
 def schedule(weights: list[float], seed: int = 0, size: int = 7) -> Schedule:
@@ -100,31 +99,28 @@ def test_the_seed_changes_the_order_and_nothing_else_does():
 
 
 def test_reference_recipes_weigh_texts_by_their_number():
-    weights = resolve(recipe_by_name("_full"), COUNTS, TOKENS).task_weights()
+    weights = resolve(recipe_by_name("_full"), COUNTS).task_weights()
     assert weights["t2i"] == pytest.approx(weights["pure_t2i"]) == pytest.approx(0.8 / 3)
     assert weights["vqa"] / weights["knowledge_qa"] == pytest.approx(4)
     assert sum(weights.values()) == pytest.approx(1)
-    assert set(resolve(RECIPES["base"], COUNTS, TOKENS).task_weights()) == {"t2i", "vlm"}
+    assert set(resolve(RECIPES["base"], COUNTS).task_weights()) == {"t2i", "vlm"}
 
 
-def test_shares_in_tokens_count_what_a_sample_costs():
-    mixture = resolve(RECIPES["default"], COUNTS, TOKENS)
-    cost = collections.Counter()
-    for key, weight in zip(mixture.keys, mixture.weights, strict=True):
-        cost[key.task] += weight * TOKENS[key]
-    total = sum(cost.values())
-    assert cost["vqa"] / total == pytest.approx(0.43)
-    talk = cost["vlm_extension"] + cost["knowledge_qa"] + cost["vlm_thinking"] + cost["vlm"]
-    assert talk / total == pytest.approx(0.14)
+def test_the_default_draws_looks_and_speaks():
+    mixture = resolve(RECIPES["default"], COUNTS)
+    weights = mixture.task_weights()
+    assert weights["vqa"] == pytest.approx(0.25)
+    assert weights["t2i"] == weights["pure_t2i"] == pytest.approx(0.25 / 3)
+    assert weights["knowledge_qa"] == pytest.approx(0.125)
     assert any("t2i_generation_instruction_only" in note for note in mixture.notes)
 
 
 def test_characters_share_a_task_by_their_weights():
-    mixture = resolve(recipe_from_weights({"vqa": 3, "t2i": 1}), COUNTS, TOKENS, {"Bo": 3.0})
+    mixture = resolve(recipe_from_weights({"vqa": 3, "t2i": 1}), COUNTS, {"Bo": 3.0})
     weights = dict(zip(mixture.keys, mixture.weights, strict=True))
     assert weights[SourceKey("vqa", "Bo")] == pytest.approx(0.75 * 0.75)
     assert weights[SourceKey("t2i", "Tess")] == pytest.approx(0.25 * 0.25)
-    only = resolve(recipe_from_weights({"vqa": 1, "t2i": 0}), COUNTS, TOKENS, {"Bo": 0.0})
+    only = resolve(recipe_from_weights({"vqa": 1, "t2i": 0}), COUNTS, {"Bo": 0.0})
     assert only.keys == (SourceKey("vqa", "Tess"),)
 
 
@@ -134,6 +130,6 @@ def test_unknown_names_are_answered_with_the_closest():
     with pytest.raises(UserError, match=r"did you mean 'vqa'"):
         recipe_from_weights({"vqq": 1.0})
     with pytest.raises(UserError, match=r"'Boo' is not in the data \(did you mean 'Bo'\?\)"):
-        resolve(RECIPES["base"], COUNTS, TOKENS, {"Boo": 1.0})
+        resolve(RECIPES["base"], COUNTS, {"Boo": 1.0})
     with pytest.raises(UserError, match=r"no sample for any task of the recipe \(t2i, vlm\)"):
-        resolve(RECIPES["base"], {SourceKey("vqa", "Bo"): 3}, TOKENS)
+        resolve(RECIPES["base"], {SourceKey("vqa", "Bo"): 3})

@@ -93,11 +93,9 @@ def synthetic(seed: int = 0, who: int = 2) -> dict[SourceKey, np.ndarray]:
 
 
 def planned(recipe, sizes, tokens=12288, capacities=None) -> tuple[Planner, Mixture, list]:
-    mixture = resolve(
-        recipe, {k: len(s) for k, s in sizes.items()}, {k: s.sum(1).mean() for k, s in sizes.items()}
-    )
+    mixture = resolve(recipe, {k: len(s) for k, s in sizes.items()})
     ordered = [sizes[key] for key in mixture.keys]
-    if recipe.unit == "tokens":
+    if recipe.follow_budgets:
         mixture = follow_budgets(mixture, ordered, tokens, 0, 50, capacities)
     if capacities is None:
         capacities = derive_capacities(mixture, ordered, tokens, 0, 50).sizes
@@ -187,11 +185,7 @@ def test_a_cursor_saves_the_planning_of_what_came_before(monkeypatch):
 
 def test_given_capacities_are_judged_not_changed():
     sizes = synthetic(5)
-    mixture = resolve(
-        RECIPES["default"],
-        {k: len(s) for k, s in sizes.items()},
-        {k: s.sum(1).mean() for k, s in sizes.items()},
-    )
+    mixture = resolve(RECIPES["default"], {k: len(s) for k, s in sizes.items()})
     ordered = [sizes[key] for key in mixture.keys]
     wide = Sizes(4000, 6000, 5000)
     assert try_capacities(mixture, ordered, wide, 0, 50).sizes == wide

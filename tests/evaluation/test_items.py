@@ -61,7 +61,9 @@ def test_a_profile_in_the_prompt_tells_the_looks(pip):
         assert "blue fox" in told.prompt.text, task
         assert (told.key, told.question, told.reference) == (named.key, named.question, named.reference)
     told = items(pip, "t2t2i", "profile")[0].described_by
-    assert told.startswith("Pip is a plain blue fox with a white belly and a yellow scarf. He talks like a pirate.")
+    assert told.startswith(
+        "Pip is a plain blue fox with a white belly and a yellow scarf. He talks like a pirate."
+    )
 
 
 def test_a_picture_in_the_prompt_leaves_questions_their_own(pip):

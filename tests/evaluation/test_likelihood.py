@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from unichar_jax.errors import UserError
+from unichar_jax.evaluation import likelihood
 from unichar_jax.evaluation.likelihood import answer_log_probs
 from unichar_jax.evaluation.subject import EngineSubject, Prompt
 from unichar_jax.sampling import cache as kv
@@ -59,6 +60,24 @@ def test_pictures_are_read_before_the_question(engine, pip):
     one, other, blind = (s[0] for s in subject.log_probs(prompts, [["x"]] * 3))
     assert not np.allclose(one, other, atol=1e-4)
     assert not np.allclose(one, blind, atol=1e-4)
+
+
+def test_a_picture_is_read_once_for_all_of_its_questions(engine, pip, monkeypatch):
+    subject, picture = EngineSubject(engine), pip.train.images[0].path
+    prompts, answers = [Prompt(text, picture) for text in ("one", "two", "six")], [["x", "y"]] * 3
+    expected = subject.log_probs(prompts, answers)
+    reads, prefill = [], kv.prefill_vit
+
+    def counted(model, cache, patches, grid, counts):
+        reads.append(int(np.sum(np.asarray(counts) > 0)))
+        return prefill(model, cache, patches, grid, counts)
+
+    monkeypatch.setattr(likelihood, "_WORTH_SHARING", 1)
+    monkeypatch.setattr(kv, "prefill_vit", counted)
+    shared = subject.log_probs(prompts, answers)
+    assert sum(reads) == 1
+    for found, alone in zip(shared, expected, strict=True):
+        np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_too_long_says_so(engine):

@@ -71,6 +71,15 @@ def test_of_branches_the_dearest_counts():
     assert program.count_flops(jax.make_jaxpr(f)(True, jnp.ones((8, 8))).jaxpr).dense == 2 * 2 * 8**3
 
 
+def test_every_device_of_a_shard_map_counts():
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+    rows = PartitionSpec("fsdp")
+    with jax.set_mesh(mesh):
+        f = jax.shard_map(lambda x, w: x @ w, in_specs=(rows, PartitionSpec()), out_specs=rows)
+        jaxpr = jax.make_jaxpr(f)(jnp.ones((16, 8)), jnp.ones((8, 8)))
+    assert program.count_flops(jaxpr.jaxpr).dense == 2 * 16 * 8 * 8
+
+
 @pytest.fixture(scope="module")
 def sharded_scan():
     """Five layers whose weights are gathered one by one, on four devices."""
@@ -115,8 +124,7 @@ HloModule step
 
 %start (p: bf16[8,64]) -> bf16[64,64] {
   %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.1 = bf16[64,64]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=3,
-  replica_groups=mesh['a'=1,'b'=8] {'b'}
+  ROOT %all-gather.1 = bf16[64,64]{1,0:T(8,128)} all-gather(%p), channel_id=3, replica_groups=mesh['a'=1,'b'=8] {'b'}
 }
 
 %done (p.1: bf16[8,64]) -> bf16[64,64] {

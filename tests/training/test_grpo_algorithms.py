@@ -197,28 +197,27 @@ class _Recorder:
         return jnp.zeros((keys.shape[0], 1, 1)), record
 
 
-@pytest.mark.parametrize("starts", [(), (3, 0, 1)])
-@pytest.mark.parametrize("batch", [0, 6])
+@pytest.mark.parametrize(("starts", "batch"), [((), 0), ((), 6), ((3, 0, 1), 0), ((3, 0, 1), 4)])
 def test_pictures_do_not_depend_on_batches(monkeypatch, starts: tuple[int, ...], batch: int):
     monkeypatch.setattr(rollouts.kv, "take", lambda cache, rows: rows)
     monkeypatch.setattr(rollouts, "decode", lambda ae, latents, grid, patch: latents)
     cfg = GRPOConfig(
-        prompts_per_round=4,
+        prompts_per_round=6,
         group=6,
         lora=LoraConfig(rank=2, experts=("gen",)),
         rollout=RolloutConfig(batch=batch, window_starts=starts),
     )
     settings = settings_of(cfg.rollout)
     roll = Roller(cfg, _Recorder(), settings, (1, 1), 1)
-    drawn = roll(None, None, None, Round(5, np.array([7, 1, 4, 2], np.int32)))
+    drawn = roll(None, None, None, Round(5, np.array([7, 1, 4, 2, 0, 3], np.int32)))
     keys, begin, prompts = drawn.record
-    expected = jax.random.key_data(picture_keys(round_key(cfg.seed, 5, "picture"), 24))
+    expected = jax.random.key_data(picture_keys(round_key(cfg.seed, 5, "picture"), 36))
     np.testing.assert_array_equal(keys, expected)
-    np.testing.assert_array_equal(prompts, np.repeat([7, 1, 4, 2], 6))
+    np.testing.assert_array_equal(prompts, np.repeat([7, 1, 4, 2, 0, 3], 6))
     if starts:
-        np.testing.assert_array_equal(begin, np.tile(starts, 8))
+        np.testing.assert_array_equal(begin, np.tile(starts, 12))
     else:
-        per_group = np.asarray(begin).reshape(4, 6)
+        per_group = np.asarray(begin).reshape(6, 6)
         assert (per_group == per_group[:, :1]).all()
         a, b = settings.window_range
         assert (a <= per_group).all()

@@ -23,7 +23,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
       UserError: nothing is there, or the run has no complete checkpoint yet.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     if not path.is_dir():
         raise UserError(f"{path}: not a directory. Expected a run, a model directory or a BAGEL directory.")
     if not is_run(path):

@@ -382,6 +382,7 @@ def examine(
     The weights may be read only if there are none.
     """
     entries = expected_arrays(cfg, part)
+    folder = folder.absolute()  # Orbax takes no relative path
     if not folder.is_dir():
         raise UserError(
             f"{folder}: not a directory. Expected a BAGEL directory (safetensors), or one that"

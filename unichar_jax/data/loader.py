@@ -34,6 +34,7 @@ from unichar_jax.data.images import T2I_TRANSFORM, VIT_TRANSFORM, ImageTransform
 from unichar_jax.data.layout import Sizes
 from unichar_jax.data.mixture import (
     Mixture,
+    Recipe,
     Schedule,
     SourceKey,
     recipe_by_name,
@@ -122,8 +123,9 @@ def _ready(samples: Sequence[tasks_lib.Sample], tokenizer: Tokenizer, transforms
         parts = []
         for part in sample.parts:
             if part.kind == "text":
-                made = _ReadyPart(part.loss, part.droppable, np.array(next(ids), np.int32))
-                total = total.plus(Sizes(2 + len(made.ids), 0, 0))
+                encoded = np.array(next(ids), np.int32)
+                made = _ReadyPart(part.loss, part.droppable, encoded)
+                total = total.plus(Sizes(2 + len(encoded), 0, 0))
             else:
                 look = part.kind == "vit_image"
                 transform = transforms.look if look else transforms.draw
@@ -163,7 +165,7 @@ def read_samples(cfg: DataConfig) -> list[tasks_lib.Sample]:
     return [s for c in characters for task in wanted for s in tasks_lib.samples(c, task)]
 
 
-def _recipe(cfg: DataConfig):
+def _recipe(cfg: DataConfig) -> Recipe:
     return recipe_from_weights(cfg.tasks) if cfg.tasks else recipe_by_name(cfg.recipe)
 
 
@@ -215,8 +217,9 @@ class _Rows:
         # each part takes its numbers whether it needs them or not, so that no setting shifts the rest
         chance, noise = rng.random(), rng.normal()
         dropped = part.droppable and chance < self.cfg.text_dropout
-        if part.picture is None:
+        if part.ids is not None:
             return layout.TextPart(part.ids, part.loss, part.droppable, dropped)
+        assert part.picture is not None
         transform = self.transforms.look if part.look else self.transforms.draw
         width, height = transform.size(part.picture.width, part.picture.height, part.img_num)
         cells = (height // transform.stride, width // transform.stride)
@@ -421,12 +424,11 @@ def make_loader(
     mixture = resolve(
         _recipe(cfg),
         {key: len(s) for key, s in sizes.items()},
-        {key: float(s.sum(axis=1).mean()) for key, s in sizes.items()},
         cfg.character_weights,
     )
     ordered = [sizes[key] for key in mixture.keys]
     budget = cfg.tokens_per_row if fixed is None else fixed.total
-    if _recipe(cfg).unit == "tokens":
+    if _recipe(cfg).follow_budgets:
         mixture = packing.follow_budgets(mixture, ordered, budget, cfg.seed, cfg.window, fixed)
     if fixed is None:
         chosen = packing.derive_capacities(mixture, ordered, budget, cfg.seed, cfg.window)

@@ -41,15 +41,15 @@ class Recipe:
     """A mixture by name.
 
     Attributes:
-      groups: what is mixed.
-      unit: what shares are portions of: ``samples``, or ``tokens`` of a packed row. Shares in tokens
-        are nominal: they move by a few percent so that the three budgets fill together.
-      why: the reason, for the log and for the reader.
+      groups: what is mixed; shares are portions of the samples.
+      why: the reason, for the reader.
+      follow_budgets: where pictures decide how full rows get, the groups' shares may move so that the
+        three budgets fill together (``packing.follow_budgets``).
     """
 
     groups: tuple[Group, ...]
-    unit: Literal["samples", "tokens"]
     why: str
+    follow_budgets: bool = False
 
 
 def _reference(drawings_per_text: float, t2i: tuple[str, ...], vlm: tuple[str, ...]) -> Recipe:
@@ -62,7 +62,6 @@ def _reference(drawings_per_text: float, t2i: tuple[str, ...], vlm: tuple[str, .
     """
     return Recipe(
         (Group(drawings_per_text, dict.fromkeys(t2i, 1.0)), Group(1.0, vlm)),
-        "samples",
         "the reference's mixture: one text per packed sequence, the rest drawings",
     )
 
@@ -71,7 +70,7 @@ RECIPES: Mapping[str, Recipe] = {
     "default": Recipe(
         (
             Group(
-                0.43,
+                0.25,
                 {
                     "t2i": 1.0,
                     "t2i_with_thinking": 1.0,
@@ -79,15 +78,16 @@ RECIPES: Mapping[str, Recipe] = {
                     "t2i_generation_instruction_only": 1.0,
                 },
             ),
-            Group(0.43, {"vqa": 1.0}),
+            Group(0.25, {"vqa": 1.0}),
             Group(
-                0.14,
+                0.5,
                 {"vlm_extension": 0.5, "knowledge_qa": 0.25, "vlm_thinking": 0.15, "vlm": 0.1},
             ),
         ),
-        "tokens",
-        "as many image tokens looked at as drawn, a seventh for words: every step learns to draw,"
-        " to recognise and to speak, and the three budgets fill together",
+        "a quarter of the samples drawn, a quarter looked at, half spoken: every step learns all three."
+        " At BAGEL's sizes that is about as many image tokens looked at as drawn and a seventh for words;"
+        " the reference shows a line of dialogue about once for every four drawings",
+        follow_budgets=True,
     ),
     "base": _reference(4.46, ("t2i",), ("vlm",)),
     "extension": _reference(4.49, ("t2i",), ("vlm_extension",)),
@@ -123,7 +123,7 @@ def recipe_from_weights(weights: Mapping[str, float]) -> Recipe:
             f"data.tasks: '{unknown[0]}' is unknown{did_you_mean(unknown[0], TASKS)}; expected some of"
             f" {', '.join(TASKS)}."
         )
-    return Recipe((Group(1.0, dict(weights)),), "samples", "weights given by the user")
+    return Recipe((Group(1.0, dict(weights)),), "weights given by the user")
 
 
 class SourceKey(NamedTuple):
@@ -139,7 +139,7 @@ class Mixture:
 
     Attributes:
       weights: by source.
-      groups: the recipe's groups that are present, as the numbers of their sources.
+      groups: the recipe's groups that are present, as the indices of their sources.
       notes: what the recipe asked for and the data lack.
     """
 
@@ -164,7 +164,6 @@ class Mixture:
 def resolve(
     recipe: Recipe,
     counts: Mapping[SourceKey, int],
-    mean_tokens: Mapping[SourceKey, float],
     character_weights: Mapping[str, float] | None = None,
 ) -> Mixture:
     """Weights of the sources under a recipe.
@@ -174,7 +173,6 @@ def resolve(
 
     Args:
       counts: number of samples of each source.
-      mean_tokens: tokens of a sample of each source, on average over all streams together.
 
     Raises:
       UserError: nothing of the recipe is there, or a character weight names nobody.
@@ -206,12 +204,9 @@ def resolve(
         if not inside:
             continue
         total = sum(inside.values())
-        inside = {k: w / total for k, w in inside.items()}
-        size = sum(w * mean_tokens[k] for k, w in inside.items())
-        share = group.share / (size if recipe.unit == "tokens" else 1.0)
         groups.append(tuple(range(len(keys), len(keys) + len(inside))))
         keys += inside
-        weights += [share * w for w in inside.values()]
+        weights += [group.share * w / total for w in inside.values()]
     if not keys:
         asked = ", ".join(task for group in recipe.groups for task in group.tasks)
         raise UserError(
@@ -318,7 +313,9 @@ def _spread(sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return by_size[quantile.argsort().argsort()]
 
 
-def _next(weights: np.ndarray, phases: np.ndarray, taken: Sequence[int], count: int) -> np.ndarray:
+def _next(
+    weights: np.ndarray, phases: np.ndarray, taken: Sequence[int] | np.ndarray, count: int
+) -> np.ndarray:
     """Which of several evenly spaced series the next ``count`` draws belong to."""
     times, which = [], []
     total = sum(taken) + count

@@ -340,8 +340,9 @@ def follow_budgets(
     """Moves the weights of a mixture's groups so that the budgets fill together.
 
     A group belongs to the stream that most of its tokens are in. Without ``capacities``, each image
-    stream gets the capacity, within ``_LEEWAY`` of its nominal share, that its pictures fill best.
-    The group's weight is then what fits into it; words get the rest of the row.
+    stream gets the capacity, within ``_LEEWAY`` of its nominal share of the row, that its pictures fill
+    best. The group's weight is then what fits into it; words get the rest of the row. If all groups are
+    mostly words, as with a small model's small pictures, nothing moves.
     """
     means = np.array([s.mean(axis=0) for s in sizes])
     weights = np.array(mixture.weights)

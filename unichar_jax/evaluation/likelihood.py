@@ -1,8 +1,8 @@
 """How likely a model finds given answers: the measure of every question with options, and of held-out
 replies.
 
-Contexts are read by the engine's own machinery (``sampling.context``), each once for all of its answers; the
-answers are then scored side by side. Nothing is drawn, so there is no seed. An engine may go on serving
+Contexts are read by the engine's own machinery (``sampling.context``), each once for all of its answers, and a
+large picture once for all of its questions; the answers are then scored side by side. Nothing is drawn, so there is no seed. An engine may go on serving
 meanwhile: this reads into caches of its own.
 """
 
@@ -17,13 +17,16 @@ import numpy as np
 from unichar_jax.errors import UserError
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling.cache import KVCache, bucket
-from unichar_jax.sampling.context import Part, Reader, num_tokens, shape_of
+from unichar_jax.sampling.context import Part, Picture, Reader, num_tokens, shape_of
 from unichar_jax.sampling.engine import Engine
 from unichar_jax.sampling.text import token_log_probs
 from unichar_jax.sampling.tracing import jitted
 
 _LOGITS_AT_ONCE = 2**28
 """Numbers of one batch of logits: 1 GiB in float32."""
+
+_WORTH_SHARING = 256
+"""Slots of a picture from which on it is cheaper to copy what was read than to read it again."""
 
 _take = jitted(kv.take)
 
@@ -58,16 +61,29 @@ def answer_log_probs(
             )
     found: list[list[np.ndarray]] = [[] for _ in contexts]
     reader = Reader(engine.config.remembered)
-    # Alike shapes and lengths share a batch, so that little is padding.
-    order = sorted(range(len(contexts)), key=lambda i: (shape_of(contexts[i]), num_tokens(contexts[i]), i))
+    shared = [_shared(parts) for parts in contexts]
+    # One picture's questions, alike shapes and lengths share a batch: little is read twice, little is padding.
+    order = sorted(
+        range(len(contexts)), key=lambda i: (shape_of(contexts[i]), shared[i], num_tokens(contexts[i]), i)
+    )
     for batch in _batches(order, contexts, engine.config.max_batch):
         room = max(len(row) for i in batch for row in ids[i])
+        seen = {shared[i]: contexts[i][:1] for i in batch if shared[i]}
+        if len(seen) < sum(bool(shared[i]) for i in batch):
+            reader.read(engine.models[model], model, list(seen.values()))  # remembered for the next line
         cache = reader.read(engine.models[model], model, [contexts[i] for i in batch], room=room)
         rows = [(place, row) for place, i in enumerate(batch) for row in ids[i]]
         scores = _score(engine, model, cache, rows)
         for i in batch:
             found[i] = [next(scores) for _ in ids[i]]
     return found
+
+
+def _shared(parts: Sequence[Part]) -> bytes:
+    """Names a large picture that a context begins with; empty for other contexts."""
+    first = parts[0] if parts else None
+    worth = isinstance(first, Picture) and len(first.keys) >= _WORTH_SHARING
+    return first.keys[:1].tobytes() if worth else b""
 
 
 def _batches(order: list[int], contexts: Sequence[Sequence[Part]], size: int):

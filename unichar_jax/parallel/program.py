@@ -95,7 +95,7 @@ def count_flops(jaxpr: Any) -> Flops:
         else:
             times = p["length"] if name == "scan" else 1
             if name == "shard_map":
-                times = math.prod(p["mesh"].shape[a] for a in p["manual_axes"])
+                times = math.prod(p["mesh"].shape[a] for a in p["newly_manual_axes"])
             for inner in _inner_jaxprs(p):
                 total += count_flops(inner) * times
     return total

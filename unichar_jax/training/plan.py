@@ -159,6 +159,7 @@ def make_plan(
         step, state, layout = abstract_run(cfg, model, mesh)
         say(f"tracing the step of {params.count(layout.module):,} parameters on {topology.size} devices")
         traced = jax.jit(step, donate_argnums=0).trace(state, abstract_batch(model, capacities, rows, mesh))
+        executed = program_lib.count_flops(traced.jaxpr.jaxpr)
         say("compiling (a minute or more at full size)")
         memory, needed, sent = None, None, []
         try:
@@ -188,7 +189,7 @@ def make_plan(
         needed,
         flops.train_step(model, work),
         attention,
-        program_lib.count_flops(traced.jaxpr.jaxpr),
+        executed,
         sent,
         seconds,
         cheapest_changes(cfg, model, topology, state, sum(capacities)),

@@ -160,6 +160,7 @@ def train(
     say(f"starting from {base.origin}\nmesh: {dict(mesh.shape)}")
     with jax.set_mesh(mesh):
         trainer, layout, state, declared = prepare(cfg, base, mesh)
+        del base  # a resumed run has other arrays; do not hold two models
         count = len(trainer.prompts) - trainer.held_out
         say(
             f"{count} prompts to learn from, {trainer.held_out} held out; a round draws {cfg.pictures}"
@@ -177,7 +178,7 @@ def train(
             log_every=cfg.log_every,
             hooks=[*_hooks(cfg, trainer, run_dir, say, observe), *hooks],
         )
-        state = loop.resume(state)
+        state = trainer.state = loop.resume(state)
         done = int(state.step)
         if done:
             say(f"resuming after round {done}")
