@@ -5,6 +5,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,12 +23,14 @@ from unichar_jax.app.report import (
     Picture,
     Report,
     compare,
+    conversation,
     curves,
     render,
     write_report,
 )
 from unichar_jax.errors import UserError
 from unichar_jax.evaluation.results import Record, Results
+from unichar_jax.sampling.session import Persona, Turn
 
 
 class Page(HTMLParser):
@@ -219,6 +222,18 @@ def test_a_chart_puts_points_where_they_belong():
 def test_a_table_of_one_model_has_no_change():
     shown = Page(render(Report("t", "s", measurements=(Measurements((results("only", 0.5, 1),)),))))
     assert not any("change" in t for t in shown.text)
+
+
+def test_a_role_play_becomes_a_conversation():
+    drawn = Image.new("RGB", (8, 8))
+    persona = Persona("Pip", "A fox.", "Ahoy!")
+    turns = [Turn("Hi", "Arr!", 0), Turn("Wave!", "I be waving.", 1, drawn, 1)]
+    found = conversation(SimpleNamespace(persona=persona, turns=turns))
+    assert (found.name, found.opening) == ("Pip", "Ahoy!")
+    assert [(t.user, t.reply, t.picture and t.picture.image) for t in found.turns] == [
+        ("Hi", "Arr!", None),
+        ("Wave!", "I be waving.", drawn),
+    ]
 
 
 def test_a_conversation_may_only_open():

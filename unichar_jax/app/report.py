@@ -26,6 +26,7 @@ from unichar_jax.errors import UserError
 from unichar_jax.evaluation import tables
 from unichar_jax.evaluation.items import TASKS
 from unichar_jax.evaluation.results import METRICS, Results
+from unichar_jax.sampling.session import RolePlay
 from unichar_jax.training import metrics as metrics_log
 
 LARGEST = 512
@@ -354,6 +355,12 @@ def _img(picture: Picture, alt: str) -> str:
 
 
 # -- parts from what other floors have ----------------------------------------------------------------------
+
+
+def conversation(played: RolePlay) -> Conversation:
+    """A role play as it went."""
+    turns = (Exchange(t.user, t.reply, None if t.image is None else Picture(t.image)) for t in played.turns)
+    return Conversation(played.persona.name, tuple(turns), played.persona.opening)
 
 
 def compare(

@@ -1,9 +1,9 @@
 """How likely a model finds given answers: the measure of every question with options, and of held-out
 replies.
 
-Contexts are read by the engine's own machinery (``sampling.context``), each once for all of its answers, and a
-large picture once for all of its questions; the answers are then scored side by side. Nothing is drawn, so there is no seed. An engine may go on serving
-meanwhile: this reads into caches of its own.
+Contexts are read by the engine's own machinery (``sampling.context``), each once for all of its answers, and
+a large picture once for all of its questions; the answers are then scored side by side. Nothing is drawn, so
+there is no seed. An engine may go on serving meanwhile: this reads into caches of its own.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def answer_log_probs(
 def _shared(parts: Sequence[Part]) -> bytes:
     """Names a large picture that a context begins with; empty for other contexts."""
     first = parts[0] if parts else None
-    worth = isinstance(first, Picture) and len(first.keys) >= _WORTH_SHARING
-    return first.keys[:1].tobytes() if worth else b""
+    if isinstance(first, Picture) and len(first.keys) >= _WORTH_SHARING:
+        return first.keys[:1].tobytes()
+    return b""
 
 
 def _batches(order: list[int], contexts: Sequence[Sequence[Part]], size: int):
