@@ -2,6 +2,8 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -55,11 +57,24 @@ def test_leaves_tables_sheet_and_report(stubbed, tiny_root):
     assert Image.open(found.sheet).width > 128 * 3 * 2
     page = found.report.read_text()
     assert "sft: Tess" in page
+    assert "Change: sft against base, paired" in page
     assert page.count("<img") > 4 * 2
     assert len(asked) == 3
     assert all(a.asked for a in asked)
     run_evaluation(cfg)
     assert not any(a.asked for a in asked[3:])
+    alone = run_evaluation(replace(cfg, compare=()))
+    assert [r.label for r in alone.results] == ["originals", "sft"]
+    assert "Change:" not in alone.report.read_text()
+
+
+def test_a_shipped_model_has_a_name(stubbed, tiny_root, monkeypatch):
+    folder, _ = stubbed
+    monkeypatch.setattr(evaluate.presets, "resource_dir", lambda name: folder)
+    monkeypatch.chdir(folder / "sft")
+    found = run_evaluation(Evaluation("base", data=tiny_root, tasks=("vqa", "t2i"), seeds=1, originals=False))
+    assert found.folder == Path("runs") / "evaluation-base"
+    assert [r.label for r in found.results] == ["base"]
 
 
 def test_shares_are_kept_and_measured_later(stubbed, tiny_root):

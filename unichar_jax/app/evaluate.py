@@ -50,7 +50,7 @@ class Evaluation:
     seeds: int = 3
     """Repetitions of what is random."""
     compare: tuple[str, ...] = ()
-    """Other runs or models, measured alike and shown beside it; each may end in @profile."""
+    """Other runs or models (also by the name of one that ships), shown beside it; each may end in @profile."""
     originals: bool = True
     """Measure the held-out replies and pictures themselves, too: what a perfect model would get."""
     encoders: str = ""
@@ -147,19 +147,23 @@ class _Model:
 
 def _models(specs: tuple[str, ...]) -> list[_Model]:
     """Paths and contexts, with labels that tell them apart."""
-    parsed = []
+    parsed: list[tuple[Path, str]] = []
     for spec in specs:
-        location, _, said = spec.partition("@")
-        if said and said not in CONTEXTS:
-            raise UserError(f"{spec}: expected @{' or @'.join(CONTEXTS[1:])} after a path, got @{said}.")
-        parsed.append((Path(location), said or "name"))
-        runs.resolve(Path(location))
-    names = [p.name for p, _ in parsed]
+        name, _, context = spec.partition("@")
+        if context and context not in CONTEXTS:
+            raise UserError(f"{spec}: expected @{' or @'.join(CONTEXTS[1:])} after a path, got @{context}.")
+        path = Path(name) if Path(name).exists() else presets.resource_dir("checkpoints") / name
+        if not path.is_dir():
+            raise UserError(
+                f"{name}: not a directory, and no model of that name ships; give a run or a model."
+            )
+        runs.resolve(path)
+        parsed.append((path, context or "name"))
     made = []
     for path, context in parsed:
         clear = len({p.resolve() for p, _ in parsed if p.name == path.name}) == 1
-        name = path.name if clear and names else f"{path.parent.name}/{path.name}"
-        made.append(_Model(path, context, name if context == "name" else f"{name}, {context}"))
+        label = path.name if clear else f"{path.parent.name}/{path.name}"
+        made.append(_Model(path, context, label if context == "name" else f"{label}, {context}"))
     return made
 
 

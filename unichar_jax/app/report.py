@@ -88,7 +88,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Results side by side; the last is compared with the first. ``character``: of one, not the mean."""
+    """Results side by side; the last model is compared with the first. ``character``: of one, not the mean."""
 
     results: tuple[Results, ...]
     title: str = ""
@@ -228,7 +228,7 @@ def _measurements(shown: Measurements) -> str:
     found = tables.rows(results, shown.character)
     if not found:
         return ""
-    with_change, with_paper = len(results) > 1, any(r.paper is not None for r in found)
+    with_change, with_paper = tables.compared(results) is not None, any(r.paper is not None for r in found)
     heads = [_text(r.label) for r in results] + ["change"] * with_change + ["paper"] * with_paper
     head = "".join(f'<th scope="col">{h}</th>' for h in ["", *heads])
     bodies: dict[str, list[str]] = {}

@@ -18,6 +18,9 @@ from unichar_jax.evaluation.stats import Interval, Values, mean_interval, paired
 
 FORMAT = 1
 
+ORIGINALS = "originals"
+"""The fingerprint of held-out replies and pictures measured as if a model had made them."""
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -25,7 +25,7 @@ from unichar_jax.evaluation.items import DEFAULT_TASKS, TASKS, Case, Context, It
 from unichar_jax.evaluation.outputs import Output, OutputStore
 from unichar_jax.evaluation.pictures import Instruments
 from unichar_jax.evaluation.rater import RUBRICS, Reply
-from unichar_jax.evaluation.results import Record, Results
+from unichar_jax.evaluation.results import ORIGINALS, Record, Results
 from unichar_jax.evaluation.subject import Prompt, Subject
 
 CHUNK = 8
@@ -262,7 +262,7 @@ def originals(
                 if data:
                     found.append(Output(item, 0, data))
     plan = replace(plan, seeds=1)
-    return measure_outputs(cases, found, plan, instruments, label, "originals", ())
+    return measure_outputs(cases, found, plan, instruments, label, ORIGINALS, ())
 
 
 def measure_outputs(

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unichar_jax.evaluation.items import TASKS
-from unichar_jax.evaluation.results import METRICS, PAPER, Metric, Results, difference
+from unichar_jax.evaluation.results import METRICS, ORIGINALS, PAPER, Metric, Results, difference
 from unichar_jax.evaluation.stats import Interval
 
 REWARD_MARK = "†"
@@ -45,7 +45,7 @@ class Row:
       task, name: what was measured.
       metric: what it means.
       cells: one for each model.
-      change: paired difference of the last to the first model, where there are two or more.
+      change: paired difference of the two that are ``compared``.
       paper: the published number.
     """
 
@@ -65,15 +65,22 @@ def rows(results: Sequence[Results], character: str | None = None) -> list[Row]:
         {pair for r in results for pair in r.measured},
         key=lambda p: (tasks.get(p[0], len(tasks)), p[0], ranks.get(p[1], len(ranks)), p[1]),
     )
+    pair = compared(results)
     found = []
     for task, name in measured:
         cells = tuple(Cell(r.interval(task, name, character), name in r.rewarded) for r in results)
         if all(c.interval is None for c in cells):
             continue
-        change = difference(results[0], results[-1], task, name, character) if len(results) > 1 else None
+        change = difference(*pair, task, name, character) if pair else None
         metric = METRICS.get(name, Metric(name, shown="number"))
         found.append(Row(task, name, metric, cells, change, PAPER.get((task, name))))
     return found
+
+
+def compared(results: Sequence[Results]) -> tuple[Results, Results] | None:
+    """The first model and the last, whose difference is of interest; None for one model. Originals are no model."""
+    models = [r for r in results if r.fingerprint != ORIGINALS]
+    return (models[0], models[-1]) if len(models) > 1 else None
 
 
 def number(value: float, metric: Metric) -> str:
@@ -117,8 +124,8 @@ def verdict(row: Row) -> str:
 def notes(results: Sequence[Results]) -> list[str]:
     """What must be said below a table of these results."""
     found = [INTERVAL_NOTE]
-    if len(results) > 1:
-        found.append(f"Change: {results[-1].label} against {results[0].label}, paired by item and seed.")
+    if pair := compared(results):
+        found.append(f"Change: {pair[1].label} against {pair[0].label}, paired by item and seed.")
     if any(r.rewarded for r in results):
         found.append(REWARD_NOTE)
     if any(row.paper is not None for row in rows(results)):
@@ -136,7 +143,7 @@ def print_table(results: Sequence[Results], console: Console, character: str | N
     table.add_column("metric")
     for result in results:
         table.add_column(result.label, justify="right")
-    if len(results) > 1:
+    if compared(results):
         table.add_column("change", justify="right")
     with_paper = any(row.paper is not None for row in found)
     if with_paper:
@@ -148,7 +155,7 @@ def print_table(results: Sequence[Results], console: Console, character: str | N
         cells: list[Text] = []
         for cell in row.cells:
             cells.append(_cell(cell, row.metric))
-        if len(results) > 1:
+        if compared(results):
             style = {"better": "green", "worse": "red"}.get(verdict(row), "")
             cells.append(Text(change_text(row.change, row.metric), style))
         if with_paper:
