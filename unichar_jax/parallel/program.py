@@ -196,10 +196,10 @@ def _collective_calls(
             if kind not in _KINDS or not times.get(name):
                 continue
             group = _group_size(i.rest)
-            arrays = [_bytes(*a) for a in _ARRAY.findall(i.type)]
-            # A start returns its operands too, and the results after them.
-            payload = sum(arrays) if kind == i.op else max(arrays)
-            if kind == "reduce-scatter":
+            payload = sum(_bytes(*a) for a in _ARRAY.findall(i.type))
+            if i.op in ("all-gather-start", "reduce-scatter-start"):
+                payload *= group / (group + 1)  # a start returns parts and wholes: one of each
+            elif kind == "reduce-scatter":
                 payload *= group
             elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # the TPU compiler's fusion of an all-reduce and a slice
