@@ -162,6 +162,7 @@ def test_originals_are_what_a_perfect_model_gets(pip):
         assert results.interval(task, metric).mean == 1.0, (task, metric)
     assert results.interval("t2i", "copied").mean == 0.0
     assert {r.task for r in results.records} == {"dialogue", "t2i", "scene_t2i", "t2t2i"}
+    assert results.left_out == {}
 
 
 def test_two_specialists_in_a_row(pip, tmp_path):

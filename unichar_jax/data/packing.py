@@ -341,13 +341,15 @@ def follow_budgets(
 
     A group belongs to the stream that most of its tokens are in. Without ``capacities``, each image
     stream gets the capacity, within ``_LEEWAY`` of its nominal share of the row, that its pictures fill
-    best. The group's weight is then what fits into it; words get the rest of the row. If all groups are
-    mostly words, as with a small model's small pictures, nothing moves.
+    best. The group's weight is then what fits into it; words get the rest of the row. Where most tokens
+    are words, as with a small model's small pictures, nothing moves: words fill any gap.
     """
     means = np.array([s.mean(axis=0) for s in sizes])
     weights = np.array(mixture.weights)
     tokens = weights[:, None] * means
     shares = tokens.sum(axis=0) / tokens.sum()
+    if shares[0] > 0.5:
+        return mixture
     stream = np.empty(len(weights), int)
     for members in mixture.groups:
         stream[list(members)] = tokens[list(members)].sum(axis=0).argmax()

@@ -261,8 +261,8 @@ def originals(
                     data["picture"] = str(item.picture)
                 if data:
                     found.append(Output(item, 0, data))
-    plan = replace(plan, seeds=1)
-    return measure_outputs(cases, found, plan, instruments, label, ORIGINALS, ())
+    measured = measure_outputs(cases, found, replace(plan, seeds=1), instruments, label, ORIGINALS, ())
+    return replace(measured, left_out={})  # what is absent here is no gap of the evaluation
 
 
 def measure_outputs(

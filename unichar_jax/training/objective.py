@@ -101,14 +101,14 @@ def cross_entropy_sums(
 
     parts = tuple(arrange(x) for x in (hidden, text.targets, text.weight, text.task))
 
-    @jax.checkpoint
-    def chunk_sums(model, hidden, targets, weight, task):
+    def chunk_sums(hidden, targets, weight, task):
         ce = token_cross_entropy(model.logits(hidden), targets) * weight
         return ce.sum(), _per_task(ce, task, num_tasks)
 
+    @jax.checkpoint  # around the condition: what a branch keeps, the scan would stack, the head's weights included
     def body(total, part):
         nothing = (jnp.zeros((), jnp.float32), jnp.zeros((num_tasks,), jnp.float32))
-        sums = jax.lax.cond((part[2] != 0).any(), lambda p: chunk_sums(model, *p), lambda p: nothing, part)
+        sums = jax.lax.cond((part[2] != 0).any(), lambda p: chunk_sums(*p), lambda p: nothing, part)
         return jax.tree.map(jnp.add, total, sums), None
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros((num_tasks,), jnp.float32))

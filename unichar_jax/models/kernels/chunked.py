@@ -10,7 +10,9 @@ Source: online softmax and its backward pass as in FlashAttention (arXiv 2205.14
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from unichar_jax.models.kernels.sharded import per_device
 from unichar_jax.models.streams import TokenMeta, visible
 
 _MASKED = -1e30
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +32,20 @@ class Chunks:
 
     meta: TokenMeta
     live: jax.Array
+
+    def fold(self, axis: int, at: jax.Array, step: Callable[[jax.Array, T], T], carry: T) -> T:
+        """``step(other, carry)`` for every chunk that ``at`` sees (axis 2) or is seen by (axis 1).
+
+        The loop's bounds are data: one with constant bounds would become a scan, which rematerialisation takes
+        apart and saves scores of.
+        """
+        live = jax.lax.dynamic_index_in_dim(self.live, at, 3 - axis, keepdims=False).any(axis=0)
+        first, past = jnp.argmax(live), live.shape[0] - jnp.argmax(live[::-1])
+
+        def maybe(other: jax.Array, carry: T) -> T:
+            return jax.lax.cond(live[other], functools.partial(step, other), lambda c: c, carry)
+
+        return jax.lax.fori_loop(first, jnp.where(live.any(), past, first), maybe, carry)
 
     def mask(self, i: jax.Array, j: jax.Array) -> jax.Array:
         """``[B, chunk, chunk]`` for queries of chunk i and keys of chunk j."""
@@ -94,9 +111,6 @@ def _forward(data: Chunks, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[ja
     b, n, chunk, groups, heads, d = q.shape
 
     def queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def keys(j: jax.Array, carry: tuple) -> tuple:
-            return jax.lax.cond(data.live[:, i, j].any(), functools.partial(add, j), lambda c: c, carry)
-
         def add(j: jax.Array, carry: tuple) -> tuple:
             top, total, out = carry
             mask = data.mask(i, j)
@@ -111,7 +125,7 @@ def _forward(data: Chunks, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[ja
 
         rows = (b, groups, heads, chunk)
         start = (jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros((*rows, d)))
-        top, total, out = jax.lax.fori_loop(0, n, keys, start)
+        top, total, out = data.fold(2, i, add, start)
         out = out / jnp.where(total > 0, total, 1)[..., None]
         # Padding sees nothing: an infinite log-sum-exp gives it no weight in the backward pass.
         return jnp.where(total > 0, top + jnp.log(total), jnp.inf), out.astype(q.dtype)
@@ -128,9 +142,6 @@ def _backward(residuals: tuple, g: jax.Array) -> tuple:
     delta = jnp.einsum("bnqghd,bnqghd->nbghq", out, g, preferred_element_type=jnp.float32)
 
     def keys(dq: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple]:
-        def queries(i: jax.Array, carry: tuple) -> tuple:
-            return jax.lax.cond(data.live[:, i, j].any(), functools.partial(add, i), lambda c: c, carry)
-
         def add(i: jax.Array, carry: tuple) -> tuple:
             dq, dk, dv = carry
             product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -142,7 +153,7 @@ def _backward(residuals: tuple, g: jax.Array) -> tuple:
             return dq.at[:, i].add(product("bghqk,bkgd->bqghd", ds, k[:, j])), dk, dv
 
         zeros = jnp.zeros(k[:, 0].shape, jnp.float32)
-        dq, dk, dv = jax.lax.fori_loop(0, n, queries, (dq, zeros, zeros))
+        dq, dk, dv = data.fold(1, j, add, (dq, zeros, zeros))
         return dq, (dk, dv)
 
     dq, (dk, dv) = jax.lax.scan(keys, jnp.zeros(q.shape, jnp.float32), jnp.arange(n))
