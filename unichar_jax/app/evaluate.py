@@ -67,8 +67,8 @@ class Evaluation:
     """Strength of the text when drawing."""
     temperature: float = 0.7
     """Of replies; answers to questions are greedy."""
-    max_tokens: int = 256
-    """Of a reply."""
+    max_tokens: int | None = None
+    """Of a reply; by default 256, or 96 for a small model."""
     shard: str = "0/1"
     """I/N: only ask share I of N and keep it; when all have, the same command without it measures."""
     out: Path | None = None
@@ -204,9 +204,13 @@ def _subject(cfg: Evaluation, engine: Any, path: Path) -> EngineSubject:
     return EngineSubject(
         engine,
         weights=weights_fingerprint(runs.resolve(path)),
-        writing=TextSettings(max_tokens=cfg.max_tokens, temperature=cfg.temperature),
+        writing=TextSettings(max_tokens=_max_tokens(cfg, path), temperature=cfg.temperature),
         drawing=engines.flow_settings(cfg.steps, cfg.guidance, path),
     )
+
+
+def _max_tokens(cfg: Evaluation, path: Path) -> int:
+    return cfg.max_tokens or (96 if engines.is_small(path) else 256)
 
 
 def _rewarded(path: Path) -> tuple[str, ...]:
@@ -220,7 +224,7 @@ def _settings(cfg: Evaluation, model: _Model) -> dict[str, Any]:
         "steps": cfg.steps,
         "guidance": cfg.guidance,
         "temperature": cfg.temperature,
-        "max_tokens": cfg.max_tokens,
+        "max_tokens": _max_tokens(cfg, model.path),
         "versions": versions(),
     }
 

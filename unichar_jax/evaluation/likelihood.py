@@ -101,13 +101,13 @@ def _batches(order: list[int], contexts: Sequence[Sequence[Part]], size: int):
 
 def _score(engine: Engine, model: str, cache: KVCache, rows: list[tuple[int, list[int]]]):
     """Scores of (row of the cache, framed answer), in order, a bounded number at a time."""
-    longest = bucket(max(len(ids) for _, ids in rows), 8)
+    longest = bucket(max(len(ids) for _, ids in rows), 16)
     at_once = max(
         1, min(engine.config.max_batch, _LOGITS_AT_ONCE // (longest * engine.cfg.decoder.vocab_size))
     )
     for start in range(0, len(rows), at_once):
         part = rows[start : start + at_once]
-        padded = [*part, *part[:1] * (bucket(len(part)) - len(part))]
+        padded = [*part, *part[:1] * (min(at_once, bucket(len(rows))) - len(part))]
         lengths = np.array([len(ids) for _, ids in padded], np.int32)
         tokens = np.zeros((len(padded), longest), np.int32)
         for line, (_, ids) in zip(tokens, padded, strict=True):

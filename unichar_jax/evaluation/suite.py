@@ -12,6 +12,7 @@ the same draws. Questions that are scored by likelihood draw nothing and are ask
 
 from __future__ import annotations
 
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from unichar_jax.evaluation.results import ORIGINALS, Record, Results
 from unichar_jax.evaluation.subject import Prompt, Subject
 
 CHUNK = 8
-"""Items that are asked together."""
+"""At most so many items are asked together."""
 
 DRAWN = ("t2i", "scene_t2i", "t2t2i")
 SEEDED = ("dialogue", "memorization", "personality", *DRAWN)
@@ -113,9 +114,12 @@ def chunks(cases: Sequence[Case], plan: Plan) -> list[_Chunk]:
     for case in cases:
         for task in plan.tasks:
             todo = items(case, task, plan.context)
+            # As equal as can be: batches of few sizes need few compiled programs.
+            count = -(-len(todo) // CHUNK)
+            ends = [i * len(todo) // count for i in range(count + 1)] if todo else []
             for seed in plan.repetitions(task):
-                for start in range(0, len(todo), CHUNK):
-                    found.append(_Chunk(task, tuple(todo[start : start + CHUNK]), seed))
+                for start, end in itertools.pairwise(ends):
+                    found.append(_Chunk(task, tuple(todo[start:end]), seed))
     return found
 
 
