@@ -55,15 +55,17 @@ class Arguments:
     """Assumed share of the peak, for the projection."""
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Shortest of a few runs, after one that compiles."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Shortest time of each, after one that compiles; taken in turns, so that a busy machine is busy for all."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return min(times)
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    return {name: min(values) for name, values in times.items()}
 
 
 def measure(args: Arguments) -> dict[str, float]:
@@ -97,23 +99,24 @@ def measure(args: Arguments) -> dict[str, float]:
     together = share_of(drawn[1], jnp.repeat(rows, 2))
     alone = draw(model, rows[:1], keys[:1])
     one = share_of(alone[1], rows[:1])
-    batched = dict(
-        draw=seconds(lambda: draw(model, rows, keys), args.repeats) / args.pictures,
-        learn=seconds(lambda: learn(state, together), args.repeats) / args.pictures,
+    times = seconds(
+        {
+            "batched_draw": lambda: draw(model, rows, keys),
+            "single_draw": lambda: _draw_alone(model, algorithm, cache, keys[0]),
+            "batched_learn": lambda: learn(state, together),
+            "single_learn": lambda: _learn_alone(layout, algorithm, state, cache, one),
+        },
+        args.repeats,
     )
-    single = dict(
-        draw=seconds(lambda: _draw_alone(model, cfg, algorithm, cache, keys[0]), args.repeats),
-        learn=seconds(lambda: _learn_alone(layout, algorithm, state, cache, one), args.repeats),
-    )
-    report = {f"batched_{k}_pictures_per_second": 1 / v for k, v in batched.items()}
-    report |= {f"single_{k}_pictures_per_second": 1 / v for k, v in single.items()}
-    return report | {f"{k}_speedup": single[k] / batched[k] for k in batched}
+    speed = {name: (args.pictures if name.startswith("batched") else 1) / t for name, t in times.items()}
+    report = {f"{name}_pictures_per_second": v for name, v in speed.items()}
+    return report | {f"{k}_speedup": speed[f"batched_{k}"] / speed[f"single_{k}"] for k in ("draw", "learn")}
 
 
 _velocity = jax.jit(flow.velocity, static_argnums=4)
 
 
-def _draw_alone(model: Any, cfg: GRPOConfig, algorithm: Any, cache: Any, key: jax.Array) -> jax.Array:
+def _draw_alone(model: Any, algorithm: Any, cache: Any, key: jax.Array) -> jax.Array:
     """One picture; each branch of each step is a call of its own (the stochastic step's noise costs nothing here)."""
     settings, grid = algorithm.settings, algorithm.grid
     settings = getattr(settings, "flow", settings)
