@@ -219,6 +219,7 @@ def differences(
     import jax.numpy as jnp
 
     from unichar_jax.checkpoint import store
+    from unichar_jax.data.tokenizer import load_tokenizer
     from unichar_jax.models.decoder import Compute
     from unichar_jax.sampling import cache as kv
     from unichar_jax.sampling import flow, pixels
@@ -229,7 +230,7 @@ def differences(
     autoencoder, special = store.load_autoencoder(path), model.cfg.special_tokens
     grid = tuple(s // model.cfg.pixels_per_latent for s in settings["size"])
     drawing = flow.FlowSettings(settings["num_timesteps"], guidance=flow.Guidance(settings["text_scale"]))
-    tokenizer = store.load_tokenizer(path)
+    tokenizer = load_tokenizer(store.config_folder(path))
     read_text = jax.jit(kv.read_text)
     velocity = jax.jit(flow.guided_velocity, static_argnames="grid")
     for i, prompt in enumerate(settings["prompts"]):

@@ -357,6 +357,46 @@ def test_writing_repeats_and_never_overwrites_unasked(written: Path, tmp_path: P
     assert not list(tmp_path.glob(".writing-*"))
 
 
+def test_fewer_training_pictures_are_the_first_and_change_no_test(written: Path, tmp_path: Path) -> None:
+    write_character(member("Pip"), tmp_path, train_images=3, test_images=6)
+    for part in ("personalized_data/test", "personalized_t2i"):
+        old, new = written / part / "Pip", tmp_path / part / "Pip"
+        kept = {path.name for path in new.iterdir()}
+        lost = {path.name for path in old.iterdir()} - kept
+        assert lost == (set() if part.endswith("test") else {f"{i}.png" for i in range(3, 10)})
+        for name in kept:
+            assert (new / name).read_bytes() == (old / name).read_bytes(), name
+    old, new = (root / "personalized_data/train/Pip" for root in (written, tmp_path))
+    for name in ("0.png", "2.png", "Pip_knowledge_qa.json", "Pip_knowledge_qa_test.json"):
+        assert (new / name).read_bytes() == (old / name).read_bytes(), name
+    assert (new / "Pip_dialogue_text_extension_test.json").read_bytes() == (
+        old / "Pip_dialogue_text_extension_test.json"
+    ).read_bytes()
+    fewer, more = read_character(new), read_character(old)
+    assert [s.reply for s in fewer.scenes] == [s.reply for s in more.scenes[:3]]
+    assert [c.text for c in fewer.captions] == [c.text for c in more.captions[:3]]
+    assert [s.qa_pairs for s in fewer.scenes] == [s.qa_pairs for s in more.scenes[:3]]
+
+
+@pytest.mark.parametrize(
+    ("part", "asked"), [("train", (7, 6, 8)), ("test", (10, 3, 8)), ("prompts", (10, 6, 5))]
+)
+def test_the_size_of_one_part_changes_no_other(part: str, asked: tuple[int, int, int]) -> None:
+    whole, less = plan_scenes(10, 6, 8, seed=4), plan_scenes(*asked, seed=4)
+    for name in ("train", "test", "prompts"):
+        scenes = getattr(less, name)
+        assert scenes == getattr(whole, name)[: len(scenes)], name
+        assert (len(scenes) < len(getattr(whole, name))) == (name == part)
+
+
+def test_moods_are_balanced() -> None:
+    scenes = plan_scenes(10, 6, 30, seed=3).train
+    for name in ("expression", "time"):
+        shown = [getattr(scene, name) for scene in scenes]
+        counts = [shown.count(value) for value in SCENE_VALUES[name]]
+        assert max(counts) - min(counts) <= 1
+
+
 def test_plan_refuses_more_pictures_than_pairs() -> None:
     with pytest.raises(UserError, match="at most 48 together"):
         plan_scenes(45, 4, 10, 0)
