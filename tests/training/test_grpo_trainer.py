@@ -186,6 +186,8 @@ def test_a_run_whose_reward_failed_goes_on_as_if_nothing_had_happened(
     def go(name: str) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
+        for file, content in CFG.to_bagel().items():  # load_base would have furnished it
+            (folder / file).write_text(json.dumps(content))
         return run.train(dataclasses.replace(experiment, run_dir=str(folder)), quiet=True)
 
     unbroken = go("unbroken")

@@ -1,0 +1,1 @@
+"""Meshes, several hosts, and programs compiled for hardware that is not here."""

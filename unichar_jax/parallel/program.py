@@ -65,6 +65,8 @@ class Flops:
     Attributes:
       dense: outside of kernels.
       kernels: inside Pallas kernels if no block were skipped: an upper bound.
+
+    Loops of unknown length (attention over the chunks that a mask leaves) are not counted.
     """
 
     dense: float = 0.0
@@ -92,7 +94,7 @@ def count_flops(jaxpr: Any) -> Flops:
         elif name == "cond":
             branches = [count_flops(b.jaxpr) for b in p["branches"]]
             total += max(branches, key=lambda f: f.dense + f.kernels)
-        else:
+        elif name != "while":
             times = p["length"] if name == "scan" else 1
             if name == "shard_map":
                 times = math.prod(p["mesh"].shape[a] for a in p["newly_manual_axes"])

@@ -1,0 +1,1 @@
+"""Objectives, optimiser, state, step and loop; both stages, and the making of the mini base."""

@@ -135,22 +135,33 @@ def worn(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 class Pictures:
-    """Draws batches from a pool: two thirds drawings, one third their reconstructions."""
+    """Draws batches from a pool: two thirds drawings, one third reconstructions of its first quarter.
 
-    def __init__(self, cfg: EncoderTraining, scenes: int = 1):
-        self.pool = picture_pool(cfg.pool, cfg.pictures, cfg.seed, scenes=scenes)
+    Each character of the pool is in two pictures that follow one another.
+    """
+
+    def __init__(self, cfg: EncoderTraining):
+        self.pool = picture_pool(cfg.pool, cfg.pictures, cfg.seed, scenes=2)
         held = picture_pool(cfg.pool, 1024, HELD_OUT_SEED, scenes=2)
-        self.worn = reconstructed_pool(cfg, self.pool, 0.5, f"worn-{cfg.seed}-{scenes}")
+        quarter = cfg.pictures // 8 * 2
+        part = Pool(self.pool.pictures[:quarter], self.pool.labels[:quarter])
+        self.worn = reconstructed_pool(cfg, part, 0.5, f"worn-{cfg.seed}-{quarter}")
         self.held_out = {
             "drawn": Pool(np.asarray(held.pictures), held.labels),
             "reconstructed": Pool(reconstructed_pool(cfg, held, 0.0, "held-out"), held.labels),
         }
 
-    def take(self, rng: np.random.Generator, index: np.ndarray) -> np.ndarray:
-        from_worn = rng.random(len(index)) < 1 / 3
-        return np.stack(
-            [(self.worn if w else self.pool.pictures)[i] for w, i in zip(from_worn, index, strict=True)]
-        )
+    def take(self, rng: np.random.Generator, count: int, *, pairs: bool = False) -> tuple[np.ndarray, ...]:
+        """Pictures uint8 ``[count, S, S, 3]`` and labels; ``pairs``: neighbours show the same character."""
+        together = 2 if pairs else 1
+        first = rng.integers(len(self.pool.labels) // together, size=count // together)
+        in_quarter = rng.random(len(first)) < 1 / 2
+        first = np.where(in_quarter, first % (len(self.worn) // together), first)
+        index = (first[:, None] * together + np.arange(together)).reshape(-1)
+        from_worn = np.repeat(in_quarter, together) & (rng.random(count) < 2 / 3)
+        chosen = zip(from_worn, index, strict=True)
+        pictures = np.stack([(self.worn if w else self.pool.pictures)[i] for w, i in chosen])
+        return pictures, self.pool.labels[index]
 
 
 # -- the judge -----------------------------------------------------------------------------------------------
@@ -180,8 +191,7 @@ def train_judge(cfg: EncoderTraining) -> dict[str, Any]:
         return loss, {"cross_entropy": loss}
 
     def batch_fn(rng: np.random.Generator, progress: float) -> Any:
-        index = rng.integers(len(pictures.pool.labels), size=cfg.batch)
-        return pictures.take(rng, index), pictures.pool.labels[index]
+        return pictures.take(rng, cfg.batch)
 
     def accuracies(weights: Weights, count: int) -> dict[str, dict[str, float]]:
         reader = mini.AttributeReader(_filled(declared, weights))
@@ -217,7 +227,7 @@ def shared_looks(labels: jax.Array) -> jax.Array:
 
 
 def train_image(cfg: EncoderTraining) -> dict[str, Any]:
-    pictures, declared = Pictures(cfg, scenes=2), Dinov2(mini.DINOV2)
+    pictures, declared = Pictures(cfg), Dinov2(mini.DINOV2)
     width = mini.DINOV2.transformer.hidden_size
     # The heads help at the beginning and are thrown away.
     heads = {f"heads.{name}.kernel": jnp.zeros((width, len(values))) for name, values in LOOK_VALUES.items()}
@@ -231,10 +241,7 @@ def train_image(cfg: EncoderTraining) -> dict[str, Any]:
         return 20.0 * similarity + reading / LOOKS, {"similarity": similarity, "cross_entropy": reading}
 
     def batch_fn(rng: np.random.Generator, progress: float) -> Any:
-        # Two scenes of the same character, next to each other.
-        first = 2 * rng.integers(len(pictures.pool.labels) // 2, size=cfg.batch // 2)
-        index = np.stack([first, first + 1], axis=1).reshape(-1)
-        return pictures.take(rng, index), pictures.pool.labels[index]
+        return pictures.take(rng, cfg.batch, pairs=True)
 
     def evaluate(weights: Weights) -> dict[str, float]:
         encode = mini.image_encoder(_filled(declared, weights))
@@ -324,10 +331,10 @@ def train_text(cfg: EncoderTraining, negatives: int = 3) -> dict[str, Any]:
         return (by_image + by_text).mean(), {"contrastive": (by_image + by_text).mean(), "right": right}
 
     def batch_fn(rng: np.random.Generator, progress: float) -> Any:
-        index = rng.integers(len(pictures.pool.labels), size=cfg.batch)
-        rows = captions(pictures.pool.labels[index], rng, negatives)
+        taken, labels = pictures.take(rng, cfg.batch)
+        rows = captions(labels, rng, negatives)
         words = mini.tokenize([text for row in rows for text in row])
-        return pictures.take(rng, index), words.reshape(len(index), 1 + negatives, -1)
+        return taken, words.reshape(cfg.batch, 1 + negatives, -1)
 
     def evaluate(weights: Weights) -> dict[str, float]:
         return text_measures(_filled(declared, weights), pictures.held_out["drawn"], 256)

@@ -4,7 +4,8 @@ What a stage brings is a ``Program``: a jitted step over (state, batch) and the 
 owns the order of things, because the order is what makes a resumed run the run: the checkpoint of step n
 holds the state after n steps and the data's position after n batches. Metrics are fetched while the next step
 runs, so the device never waits for the log; every step's metrics are checked, and a NaN stops the run before
-it can reach a checkpoint.
+it can reach a checkpoint. On several hosts every process runs the same loop; process 0 writes the log, all of
+them write the checkpoint, and a SIGTERM to any of them stops all at the same step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from unichar_jax.checkpoint.manager import CheckpointManager
 from unichar_jax.errors import UserError
@@ -45,6 +48,32 @@ class Data(Protocol):
 Hook = Callable[[int, TrainState], None]
 
 
+@dataclass
+class ProfileWindow:
+    """Traces the steps ``first`` to ``last`` with JAX's profiler, into ``folder`` (TensorBoard and Perfetto read
+    it)."""
+
+    folder: Path
+    first: int
+    last: int
+    _running: bool = field(default=False, init=False)
+
+    def before(self, step: int) -> None:
+        if self.first <= step <= self.last and not self._running:
+            jax.profiler.start_trace(self.folder)
+            self._running = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        if step >= self.last and self._running:
+            jax.block_until_ready(metrics)
+            self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
 @dataclass(repr=False, eq=False)
 class Loop:
     """One run.
@@ -58,6 +87,7 @@ class Loop:
       steps: how many optimiser steps the run has in all.
       save_every, log_every: in steps.
       hooks: called after a step whose number their interval divides, e.g. sample pictures.
+      profile: steps to trace.
     """
 
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -69,11 +99,16 @@ class Loop:
     save_every: int
     log_every: int
     hooks: Sequence[tuple[int, Hook]] = ()
+    profile: ProfileWindow | None = None
     _stop: bool = field(default=False, init=False)
 
     def resume(self, state: TrainState) -> TrainState:
-        """The latest complete checkpoint put into ``state``'s place; ``state`` itself if there is none."""
+        """The latest complete checkpoint put into ``state``'s place; ``state`` itself if there is none.
+
+        Shapes with shardings do in place of arrays, where there is a checkpoint.
+        """
         latest = self.manager.latest
+        self.log.rewind(latest or 0)
         if latest is None:
             return state
         weights, rest, ema, host = self.manager.restore(
@@ -82,7 +117,6 @@ class Loop:
         flat = dict(self.layout.flat(weights))
         average = None if ema is None else dict(self.layout.flat(ema))
         self.data.restore(host["data"])
-        self.log.rewind(latest)
         return TrainState(
             rest["step"],
             {k: flat[k] for k in state.params},
@@ -98,11 +132,16 @@ class Loop:
           Preempted: after SIGTERM, with everything saved.
           UserError: a metric is not finite; the last checkpoint is intact.
         """
-        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        alone = jax.process_count() == 1  # else JAX's preemption service catches the signal (_preempted)
+        previous = signal.signal(signal.SIGTERM, self._on_sigterm) if alone else None
         try:
             return self._run(state)
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            if alone:
+                signal.signal(signal.SIGTERM, previous)
+            if self.profile is not None:
+                self.profile.stop()
+            self.log.close()
             self.manager.wait()
 
     def _run(self, state: TrainState) -> TrainState:
@@ -111,8 +150,13 @@ class Loop:
         saved = done
         while done < self.steps:
             batch = next(self.data)
+            if self.profile is not None:
+                self.profile.before(done + 1)
             state, metrics = self.step(state, batch)
             done += 1
+            if self.profile is not None:
+                self.profile.after(done, metrics)
+            self._stop = self._stop or _preempted(done)
             if pending is not None:
                 self._record(*pending)
             pending = (done, metrics)
@@ -122,15 +166,35 @@ class Loop:
                 self._record(*pending)
                 pending = None
             if due:
+                self.log.flush()  # a checkpoint never knows of steps that its log does not
                 self.save(done, state)
                 saved = done
             for hook in hooks:
                 hook(done, state)
+            if due or hooks:
+                self.log.restart_clock(done)
             if self._stop and saved == done:
                 self.manager.wait()
                 raise Preempted(f"SIGTERM: saved step {done} of {self.steps}")
-        self.log.flush()
         return state
+
+    def rehearse(self, state: TrainState) -> None:
+        """Reads the last checkpoint back and compares it with ``state``, bit by bit; uses ``state`` up.
+
+        Raises:
+          UserError: they differ.
+        """
+        wanted, like = _bits(state), jax.tree.map(struct, state)
+        for x in jax.tree.leaves(state):
+            x.delete()  # a device that is full of one state has no room for two
+        found = _bits(self.resume(like))
+        wrong = [k for k in wanted if wanted[k] != found.get(k)]
+        if wrong or not wanted:
+            raise UserError(
+                f"step {self.manager.latest} in {self.manager.directory} does not read back as it was written:"
+                f" {len(wrong)} of {len(wanted)} arrays differ ({', '.join(wrong[:3])}, ...). Look at that file"
+                " system before you train."
+            )
 
     def save(self, step: int, state: TrainState) -> None:
         weights = self.layout.assemble(state.params, state.frozen)
@@ -151,6 +215,32 @@ class Loop:
 
     def _on_sigterm(self, *_: Any) -> None:
         self._stop = True
+
+
+def _preempted(step: int) -> bool:
+    """Whether all processes of several are to stop after this step, because one of them had a SIGTERM."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+@jax.jit
+def _sums_of_bits(tree: Any) -> Any:
+    """For each array the sum of its bits as integers, mod 2^32: the same on any mesh, whatever the order."""
+
+    def total(x: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return words.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(total, tree)
+
+
+def _bits(state: TrainState) -> dict[str, int]:
+    leaves = jax.tree_util.tree_leaves_with_path(_sums_of_bits(state))
+    return {jax.tree_util.keystr(path): int(x) for path, x in leaves}
+
+
+def struct(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """An array's shape and place without its contents."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

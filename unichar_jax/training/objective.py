@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from unichar_jax.config.model import AutoencoderConfig
 from unichar_jax.models.streams import Batch, LatentStream
 from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.parallel.mesh import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -102,10 +103,14 @@ def cross_entropy_sums(
     parts = tuple(arrange(x) for x in (hidden, text.targets, text.weight, text.task))
 
     def chunk_sums(hidden, targets, weight, task):
-        ce = token_cross_entropy(model.logits(hidden), targets) * weight
+        # Pinned, or the compiler computes every device's rows on all of them.
+        hidden = constrain(hidden, ("batch", None, None))
+        logits = constrain(model.logits(hidden), ("batch", None, "vocab"))
+        ce = token_cross_entropy(logits, targets) * weight
         return ce.sum(), _per_task(ce, task, num_tasks)
 
-    @jax.checkpoint  # around the condition: what a branch keeps, the scan would stack, the head's weights included
+    # Around the condition: what a branch keeps, the scan would stack, the head's weights included.
+    @jax.checkpoint
     def body(total, part):
         nothing = (jnp.zeros((), jnp.float32), jnp.zeros((num_tasks,), jnp.float32))
         sums = jax.lax.cond((part[2] != 0).any(), lambda p: chunk_sums(*p), lambda p: nothing, part)

@@ -18,6 +18,9 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     peak, warmup = cfg.learning_rate, cfg.warmup_steps
     if cfg.schedule == "cosine":
         body = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=cfg.min_learning_rate / peak)
+    elif cfg.schedule == "trapezoid":
+        flat = max(steps - warmup - cfg.decay_steps, 0)
+        body = optax.linear_schedule(peak, cfg.min_learning_rate, cfg.decay_steps, transition_begin=flat)
     else:
         body = optax.constant_schedule(peak)
     if warmup == 0:

@@ -58,12 +58,14 @@ class Pretraining:
     corpus: Path = Path("cache/corpus")
     """Folder of the tokenised corpus."""
     records: int = 20_000
-    picture_steps: int = 700
+    picture_steps: int = 1_200
     """Steps of the first stage, drawing and recognising."""
-    steps: int = 1_100
+    steps: int = 2_200
     """Steps in all."""
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
+    decay_steps: int = 400
+    """Last steps, over which the learning rate falls."""
     ema_decay: float = 0.998
     ce_weight: float = 0.5
     save_every: int = 200
@@ -142,7 +144,8 @@ def train(cfg: Pretraining) -> None:
             learning_rate=cfg.learning_rate,
             min_learning_rate=cfg.learning_rate / 20,
             warmup_steps=cfg.warmup_steps,
-            schedule="cosine",
+            schedule="trapezoid",
+            decay_steps=cfg.decay_steps,
             eps=1e-8,
             weight_decay=0.01,
             ema_decay=cfg.ema_decay,

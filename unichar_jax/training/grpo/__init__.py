@@ -7,6 +7,4 @@ two algorithms behind one interface (``algorithm``); ``trainer`` puts a round to
 both stages share, and ``run`` is the way in.
 """
 
-from unichar_jax.training.grpo.run import train
-
-__all__ = ["train"]
+from unichar_jax.training.grpo.run import train as train

@@ -9,7 +9,6 @@ is new is the ``Trainer`` as the loop's step and rounds of prompts as its data. 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unichar_jax.checkpoint.manager import CheckpointManager
+from unichar_jax.checkpoint.remote import RunFolder, fetched
 from unichar_jax.config import presets
 from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.data.images import ImageError, open_image
 from unichar_jax.data.rl_prompts import RLPrompt, read_rl_prompts
 from unichar_jax.errors import UserError
 from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.parallel import distributed
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.scoring.base import References
 from unichar_jax.scoring.registry import Sources, build
@@ -37,8 +38,10 @@ from unichar_jax.training.grpo.watch import HackingWatch
 from unichar_jax.training.loop import Hook, Loop
 from unichar_jax.training.metrics import MetricsLog
 from unichar_jax.training.optimizer import make_optimizer
-from unichar_jax.training.sft import Base, load_base, with_adapters
+from unichar_jax.training.sft import Base, load_base, profile_window, save_adapters, with_adapters
 from unichar_jax.training.state import Layout, TrainState
+from unichar_jax.training.validation import save_picture
+from unichar_jax.training.writers import make_writers
 
 Observer = Callable[[int, Sequence[RLPrompt], np.ndarray, Scores], None]
 """``(rounds done, prompt of each picture, pictures uint8 [B, H, W, 3], scores)``."""
@@ -78,14 +81,14 @@ def prepare(
     Raises:
       UserError: prompts, references or weights of a scorer are absent or faulty.
     """
-    source = Path(cfg.prompts)
+    source = fetched(cfg.prompts)
     if not cfg.prompts or not source.exists():
         raise UserError(
             f"prompts '{cfg.prompts}': expected a file *_pure_t2i_with_vqa.jsonl or a folder with one; give"
             " --prompts PATH."
         )
     training, held_out = split_prompts(read_rl_prompts(source), cfg.held_out)
-    folder = Path(cfg.references) if cfg.references else (source if source.is_dir() else source.parent)
+    folder = fetched(cfg.references) if cfg.references else (source if source.is_dir() else source.parent)
     declared, model = with_adapters(base, cfg, mesh)
     optimizer = make_optimizer(cfg.optimizer, cfg.rounds * cfg.updates)
     follows = cfg.algorithm == "nft"
@@ -137,26 +140,29 @@ def train(
     hooks: Sequence[tuple[int, Hook]] = (),
     observe: Observer | None = None,
     quiet: bool = False,
+    rehearse: bool = False,
 ) -> Path:
     """Runs Character-GRPO to its last round, resuming if ``run_dir`` holds a checkpoint; returns the run's
     directory.
 
-        Args:
-          cfg: the experiment.
-          hooks: called after rounds that their interval divides.
+    Args:
+      cfg: the experiment.
+      hooks: called after rounds that their interval divides.
       observe: called after each evaluation of held-out prompts.
-          quiet: say nothing on the terminal.
+      quiet: say nothing on the terminal.
+      rehearse: at the end, read the checkpoint back and compare it bit by bit.
 
-        Raises:
-          UserError: a mistake in the configuration or the data, a reward that failed (what was learned before
-            is saved first), or a loss that is not finite.
-          Preempted: SIGTERM arrived and everything was saved.
+    Raises:
+      UserError: a mistake in the configuration or the data, a reward that failed (what was learned before is
+        saved first), or a loss that is not finite.
+      Preempted: SIGTERM arrived and everything was saved.
     """
-    run_dir = Path(cfg.run_dir)
+    run = RunFolder(cfg.run_dir)
+    run_dir = run.local
     mesh = mesh_lib.make_mesh(cfg.mesh)
-    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-    base = load_base(cfg, run_dir, mesh)
-    (run_dir / "config.json").write_text(presets.to_json(cfg))
+    tell = not quiet and distributed.is_leader()
+    say = (lambda text: print(text, file=sys.stderr, flush=True)) if tell else (lambda text: None)
+    base = load_base(cfg, run, mesh)
     say(f"starting from {base.origin}\nmesh: {dict(mesh.shape)}")
     with jax.set_mesh(mesh):
         trainer, layout, state, declared = prepare(cfg, base, mesh)
@@ -167,26 +173,31 @@ def train(
             f" pictures ({cfg.prompts_per_round} prompts x {cfg.group}) and takes {cfg.updates} steps with"
             f" {cfg.algorithm}"
         )
+        writers = make_writers(cfg.run.writers, run_dir, cfg)
+        log = MetricsLog(
+            run_dir / "metrics.jsonl", cfg.rounds, quiet=quiet, writers=writers, publish=run.push
+        )
         loop = Loop(
             trainer,
             layout,
             Rounds(count, cfg.prompts_per_round, cfg.seed),
-            CheckpointManager(run_dir, declared, keep=cfg.save.keep, mesh=mesh),
-            MetricsLog(run_dir / "metrics.jsonl", cfg.rounds, quiet=quiet),
+            CheckpointManager(run.checkpoints, declared, keep=cfg.save.keep, mesh=mesh),
+            log,
             steps=cfg.rounds,
             save_every=cfg.save.every,
             log_every=cfg.log_every,
-            hooks=[*_hooks(cfg, trainer, run_dir, say, observe), *hooks],
+            hooks=[*_hooks(cfg, trainer, run_dir, log, observe), *hooks],
+            profile=profile_window(cfg.run, run_dir),
         )
         state = trainer.state = loop.resume(state)
         done = int(state.step)
         if done:
             say(f"resuming after round {done}")
-            trainer.watch = HackingWatch.resumed(metrics_lib.read(loop.log.path))
+            trainer.watch = HackingWatch.resumed(metrics_lib.read(log.path))
         elif cfg.eval.every and trainer.held_out:
-            _evaluation(trainer, run_dir, say, observe)(0, state)
+            _evaluation(trainer, run_dir, log, observe)(0, state)
         try:
-            loop.run(state)
+            state = loop.run(state)
         except RewardError as error:
             done = int(trainer.state.step)
             loop.data.restore({"round": done})
@@ -197,6 +208,11 @@ def train(
                 f"{error}\nNothing is lost: the {done} rounds before are saved in {loop.manager.directory}."
                 " Mend the reward and start the same command again."
             ) from error
+        if cfg.trainable == "lora":
+            say(f"the adapters alone: {save_adapters(cfg, run, state)}")
+        if rehearse:
+            loop.rehearse(state)
+            say(f"round {cfg.rounds} was saved and read back bit by bit")
     return run_dir
 
 
@@ -204,52 +220,35 @@ def _hooks(
     cfg: GRPOConfig,
     trainer: Trainer,
     run_dir: Path,
-    say: Callable[[str], None],
+    log: MetricsLog,
     observe: Observer | None,
 ) -> list[tuple[int, Hook]]:
     def pictures(done: int, state: TrainState) -> None:
         del state
-        if jax.process_index() == 0:
-            _save_picture(run_dir, f"round-{done:06d}.png", trainer.sheet())
+        if distributed.is_leader():
+            sheet = np.asarray(trainer.sheet())
+            save_picture(run_dir / "pictures", f"round-{done:06d}.png", sheet)
+            log.picture("best and worst", done, sheet)
 
     every = cfg.eval.every if trainer.held_out else 0
-    return [(cfg.pictures_every, pictures), (every, _evaluation(trainer, run_dir, say, observe))]
+    return [(cfg.pictures_every, pictures), (every, _evaluation(trainer, run_dir, log, observe))]
 
 
-def _evaluation(
-    trainer: Trainer, run_dir: Path, say: Callable[[str], None], observe: Observer | None
-) -> Hook:
-    """Scores held-out prompts; replaces the line of the same round, so a repeated evaluation is no second
-    one.
-    """
-    path = run_dir / "held_out.jsonl"
+def _evaluation(trainer: Trainer, run_dir: Path, log: MetricsLog, observe: Observer | None) -> Hook:
+    """Scores held-out prompts, into ``held_out.jsonl`` and a sheet of what was drawn."""
 
     def evaluate(done: int, state: TrainState) -> None:
         values, images, scores = trainer.evaluate(state)
-        if jax.process_index():
+        if not distributed.is_leader():
             return
         if observe is not None:
             held_out = trainer.prompts[len(trainer.prompts) - trainer.held_out :]
             observe(done, [p for p in held_out for _ in range(trainer.cfg.eval.pictures)], images, scores)
-        kept = [r for r in metrics_lib.read(path) if r["step"] < done] if path.exists() else []
-        lines = "".join(json.dumps(r) + "\n" for r in [*kept, {"step": done, **values}])
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(lines)
-        temporary.replace(path)
+        log.side("held_out", done, values)
         columns = trainer.cfg.eval.pictures
         rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, len(images), columns)]
-        _save_picture(run_dir, f"held-out-{done:06d}.png", np.concatenate(rows))
-        say(f"held out, round {done}: " + " ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        sheet = np.concatenate(rows)
+        save_picture(run_dir / "pictures", f"held-out-{done:06d}.png", sheet)
+        log.picture("held out", done, sheet)
 
     return evaluate
-
-
-def _save_picture(run_dir: Path, name: str, picture: object) -> None:
-    from PIL import Image
-
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
-    folder = run_dir / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}"
-    image.save(temporary, format="PNG")
-    temporary.replace(folder / name)

@@ -1,0 +1,236 @@
+"""Training adapters: nothing else moves, no execution choice matters, and the run ends with a file of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.parity.golden import relative_l2
+from tests.training.batches import CAPACITIES, random_batch
+from unichar_jax.checkpoint import convert, lora, runs, store
+from unichar_jax.config import presets
+from unichar_jax.config.model import model_preset
+from unichar_jax.config.train import LoraConfig, SaveConfig, SFTConfig
+from unichar_jax.data.tokenizer import write_debug_tokenizer
+from unichar_jax.models import lora as model_lora
+from unichar_jax.models import params
+from unichar_jax.models.autoencoder import Autoencoder
+from unichar_jax.models.decoder import REMAT_POLICIES, Compute
+from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from unichar_jax.training import sft
+from unichar_jax.training import state as state_lib
+from unichar_jax.training import step as step_lib
+from unichar_jax.training.optimizer import make_optimizer
+
+CFG = model_preset("debug")
+SFT = SFTConfig(
+    trainable="lora",
+    lora=LoraConfig(rank=2, alpha=4.0),
+    compute=Compute(dtype="float32"),
+    ce_chunk=16,
+)
+
+
+# -- the step ---------------------------------------------------------------------------------------
+
+
+def _gradients(cfg: SFTConfig = SFT, mesh=None, remat: str = "none"):
+    """Loss and gradients of one step, from weights and adapters without a zero among them."""
+    compute = Compute(dtype="float32", remat=remat)
+    declared = model_lora.add_lora(UnifiedModel(CFG, compute), cfg.lora.rank, cfg.lora.alpha)
+    rng = np.random.default_rng(2)
+    weights = jax.tree.map(
+        lambda x: np.asarray(x + 0.02 * rng.standard_normal(x.shape, np.float32)),
+        params.initialize(declared, 1),
+    )
+    weights = jax.device_put(weights, None if mesh is None else params.shardings(declared, mesh))
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+    layout, state = state_lib.create(weights, declared, optimizer, trainable="lora", mesh=mesh)
+    batch = put_batch(random_batch(CFG, 4), mesh)
+
+    def step(state, batch):
+        grads, terms = step_lib.gradients_of(layout, state, batch, cfg, CFG.autoencoder, 3)
+        return grads, terms.ce + terms.mse
+
+    with jax.default_matmul_precision("highest"):
+        if mesh is None:
+            return jax.jit(step)(state, batch)
+        with jax.set_mesh(mesh):
+            return jax.jit(step)(state, batch)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return _gradients()
+
+
+def _assert_same(got, expected) -> None:
+    (g1, loss1), (g0, loss0) = got, expected
+    assert float(loss1) == pytest.approx(float(loss0), rel=1e-6)
+    assert g1.keys() == g0.keys()
+    for name in g0:
+        assert relative_l2(np.asarray(g1[name]), np.asarray(g0[name])) <= 1e-5, name
+
+
+def test_only_adapters_have_gradients(plain) -> None:
+    grads, _ = plain
+    assert len(grads) == 2 * 2 * 7
+    assert all(name.endswith(("lora_a", "lora_b")) for name in grads)
+    assert all(np.abs(np.asarray(g)).max() > 0 for g in grads.values())
+
+
+@pytest.mark.parametrize("remat", [r for r in REMAT_POLICIES if r != "none"])
+def test_rematerialisation_changes_nothing(plain, remat: str) -> None:
+    kinds = {m.kind for m in jax.devices()[0].addressable_memories()}
+    if remat == "offload_inputs" and "pinned_host" not in kinds:
+        pytest.skip(f"this device has no pinned host memory to offload to, only {sorted(kinds)}")
+    _assert_same(_gradients(remat=remat), plain)
+
+
+def test_offloading_keeps_layer_inputs_in_host_memory() -> None:
+    """As traced; compilers of devices whose memory is the host's, such as CPUs, drop the transfers."""
+    batch = random_batch(CFG, 1)
+
+    def residuals(remat: str) -> set[str]:
+        model = params.initialize(UnifiedModel(CFG, Compute(dtype="float32", remat=remat)), 0)
+
+        def loss(model):
+            latent, t = batch.latent, jnp.zeros(batch.latent.grid.shape)
+            hidden, _ = model.forward(batch.text, batch.vit, latent.mean, t, latent.grid, latent.meta)
+            return hidden.sum()
+
+        return set(re.findall(r"f32<host>\[[\d,]+\]", str(jax.make_jaxpr(jax.grad(loss))(model))))
+
+    layers, width, sizes = CFG.decoder.num_layers, CFG.decoder.hidden_size, CAPACITIES
+    inputs = {f"f32<host>[{layers},1,{n},{width}]" for n in (sizes.text + sizes.vit, sizes.latent)}
+    assert inputs <= residuals("offload_inputs")
+    assert not residuals("full")
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (1, 2, 2)], ids=["fsdp", "fsdp-tensor"])
+def test_sharding_is_invisible(plain, sizes) -> None:
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    _assert_same(_gradients(mesh=mesh), plain)
+
+
+def test_accumulation_equals_the_large_batch(plain) -> None:
+    _assert_same(_gradients(dataclasses.replace(SFT, accumulate=2)), plain)
+
+
+# -- the run ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model directory whose velocity is alive: a head of zeros would teach its expert nothing."""
+    folder = tmp_path_factory.mktemp("lora-base")
+    write_debug_tokenizer(folder / "tokenizer")
+    model = params.initialize(UnifiedModel(CFG), 5)
+    head = model.latent_out.kernel
+    head[...] = jnp.asarray(np.random.default_rng(0).normal(size=head.shape, scale=0.3), jnp.float32)
+    autoencoder = params.initialize(Autoencoder(CFG.autoencoder), 5)
+    store.save_model(folder / "base", model, CFG, autoencoder, tokenizer_files_from=folder / "tokenizer")
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, _tiny_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps on one device, with adapters in some places of both experts, and an average of them."""
+    folder = tmp_path_factory.mktemp("lora-run")
+    root = shutil.copytree(_tiny_template, folder / "data")
+    cfg = presets.load(SFTConfig, "sft-debug")
+    cfg = dataclasses.replace(
+        cfg,
+        base=str(base),
+        data=dataclasses.replace(cfg.data, path=str(root), rows_per_device=1),
+        run_dir=str(folder / "run"),
+        steps=3,
+        save=SaveConfig(every=3),
+        trainable="lora",
+        lora=LoraConfig(rank=2, alpha=4.0, targets=("q", "o", "down")),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        whole = sft.mesh_lib.make_mesh
+        patch.setattr(sft.mesh_lib, "make_mesh", lambda cfg: whole(MeshConfig(), jax.devices()[:1]))
+        return sft.train(cfg, quiet=True)
+
+
+def test_training_moves_adapters_and_nothing_else(run: Path, base: Path) -> None:
+    """Stored weights are the initial ones, bit for bit; every adapter has left its start."""
+    from unichar_jax.checkpoint.weights import OrbaxWeights, orbax_item
+
+    weights = OrbaxWeights(orbax_item(runs.resolve(run), "model", "weights"))
+    initial = store.unstack(UnifiedModel(CFG), store.load_model(base))
+    names = [n for n in weights.infos if n in initial]
+    assert len(names) == len(initial)
+    for name, x in weights.read(names):
+        assert np.array_equal(x, np.asarray(initial[name])), name
+    adapters = lora.adapters_of(runs.resolve(run))
+    assert len(adapters) == CFG.decoder.num_layers * 2 * 3 * 2
+    moved = {n.split(".", 3)[3] for n, x in adapters.items() if n.endswith("lora_b") and np.any(x)}
+    assert moved == {f"{e}.{t}.lora_b" for e in ("und", "gen") for t in ("q", "o", "down")}
+
+
+def test_the_run_ends_with_a_file_of_its_own(run: Path, tmp_path: Path) -> None:
+    """The averaged adapters, as inference takes them."""
+    opened = lora.open_lora(run / lora.FOLDER, CFG)
+    expected = lora.adapters_of(runs.resolve(run), "ema")
+    assert opened.shapes.keys() == expected.keys()
+    assert all(np.array_equal(opened.read(n), x) for n, x in expected.items())
+    size = sum(f.stat().st_size for f in (run / lora.FOLDER).iterdir())
+    whole = params.count(UnifiedModel(CFG)) * 4
+    assert size < 0.25 * whole
+    lora.export(run, tmp_path / "again")  # the same from the checkpoint
+    for name in (lora.WEIGHTS_FILE, lora.CONFIG_FILE):
+        assert (tmp_path / "again" / name).read_bytes() == (run / lora.FOLDER / name).read_bytes()
+
+
+def test_adapted_merged_and_exported_are_one_model(run: Path, base: Path, tmp_path: Path) -> None:
+    start = store.load_model(base)
+    adapted = model_lora.adapted(start, lora.load(run / lora.FOLDER, CFG))
+    merged = store.load_model(runs.resolve(run), item="ema")
+    step = runs.resolve(run)
+    convert.execute(convert.plan(step, tmp_path / "bagel", item="ema"), verify=True)
+    exported = store.load_model(tmp_path / "bagel")
+    batch = random_batch(CFG, 1)
+
+    @jax.jit
+    def outputs(model):
+        t = jnp.full(batch.latent.grid.shape, 0.5, jnp.float32)
+        latent = batch.latent
+        u, g = model.forward(batch.text, batch.vit, latent.mean, t, latent.grid, latent.meta)
+        return model.logits(u), model.velocity(g)
+
+    def compute32(model):
+        model.compute = Compute(dtype="float32")
+        return model
+
+    with jax.default_matmul_precision("highest"):
+        results = [outputs(compute32(m)) for m in (adapted, merged, exported, start)]
+    for got in results[1:3]:
+        for x, y in zip(got, results[0], strict=True):
+            assert relative_l2(np.asarray(x), np.asarray(y)) <= 1e-5
+    # And it is another model than the one that it started from.
+    for x, y in zip(results[3], results[0], strict=True):
+        assert relative_l2(np.asarray(x), np.asarray(y)) > 1e-4
+
+
+def test_the_file_loads_around_a_base_on_another_mesh(run: Path, base: Path) -> None:
+    start = store.load_model(base)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    split = jax.device_put(start, params.shardings(UnifiedModel(CFG), mesh))
+    here = model_lora.adapted(start, lora.load(run / lora.FOLDER, CFG))
+    there = model_lora.adapted(split, lora.load(run / lora.FOLDER, CFG, mesh=mesh))
+    for (name, x), (_, y) in zip(params.named_leaves(here), params.named_leaves(there), strict=True):
+        assert np.array_equal(np.asarray(x), np.asarray(y)), name
+        assert y.sharding.mesh.shape == mesh.shape, name
+    sharding = params.flat(there)["decoder.layers.und.down.lora_a"].sharding
+    assert tuple(sharding.spec) == (None, "tensor", None)
