@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from unichar_jax.checkpoint import store
+from unichar_jax.data.tokenizer import load_tokenizer
 from unichar_jax.models.decoder import Compute
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow, pixels
@@ -39,7 +40,7 @@ def write_reference(folder: Path, out: Path) -> None:
     """Answers and draws ``PROMPT`` step by step, as upstream would."""
     model = store.load_model(folder, compute=Compute(dtype="float32"))
     cfg, grid = model.cfg, (2, 2)
-    ids = store.load_tokenizer(folder).encode(PROMPT)
+    ids = load_tokenizer(folder).encode(PROMPT)
     turn = [cfg.special_tokens.bos, *ids, cfg.special_tokens.eos]
     context = kv.prefill_text(model, kv.empty(model, 1, 32), jnp.array([turn]), jnp.array([len(turn)]))
     token, logits = cfg.special_tokens.bos, []

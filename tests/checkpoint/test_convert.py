@@ -19,6 +19,7 @@ from unichar_jax.checkpoint import convert, store, table, weights, writing
 from unichar_jax.checkpoint.safetensors_io import open_file
 from unichar_jax.cli.main import main
 from unichar_jax.config.model import model_preset
+from unichar_jax.data.tokenizer import load_tokenizer
 from unichar_jax.errors import UserError
 
 from .conftest import REPOSITORY, tensors_of, write_tensors
@@ -112,7 +113,7 @@ def test_full_precision_sft_file(bagel: Path, tmp_path: Path) -> None:
         store.load_model(tmp_path / "orbax").embed.embedding[...],
         tensors_of(step / "model.safetensors")["language_model.model.embed_tokens.weight"],
     )
-    assert store.load_tokenizer(tmp_path / "orbax") is not None
+    assert load_tokenizer(tmp_path / "orbax") is not None
 
 
 @pytest.mark.parametrize("kind", ["torch", "orbax"])
@@ -158,7 +159,7 @@ def test_training_step_is_exported(bagel: Path, tmp_path: Path) -> None:
         convert.convert(run / "checkpoints" / "10", tmp_path / "back")
     convert.convert(run / "checkpoints" / "10", tmp_path / "back", base=bagel, verify=True)
     assert_same_file(bagel / "ema.safetensors", tmp_path / "back" / "ema.safetensors")
-    assert store.load_tokenizer(tmp_path / "back") is not None
+    assert load_tokenizer(tmp_path / "back") is not None
 
 
 def test_frozen_tables_may_be_absent_and_are_written(bagel: Path, tmp_path: Path) -> None:

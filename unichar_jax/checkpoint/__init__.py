@@ -1,0 +1,1 @@
+"""Weights on disk: Orbax checkpoints of runs, conversion from and to PyTorch, adapters."""

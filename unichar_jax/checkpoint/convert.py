@@ -16,14 +16,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from unichar_jax.checkpoint import store, table, writing
+from unichar_jax.checkpoint import lora, store, table, writing
 from unichar_jax.checkpoint import weights as weights_lib
 from unichar_jax.checkpoint.arrays import bits, materialize
 from unichar_jax.checkpoint.safetensors_io import write_file
@@ -132,6 +132,7 @@ def plan(
     dtype: str | None = None,
     base: str | Path | None = None,
     item: str | None = None,
+    adapters: str | Path | None = None,
 ) -> Plan:
     """Reads headers and metadata, and accounts for every tensor; writes nothing.
 
@@ -144,7 +145,9 @@ def plan(
         own. The autoencoder always keeps its own.
       base: a directory of either kind that supplies what ``src`` lacks: the rest of the model where ``src``
         is a language model alone, configs, tokenizer, autoencoder.
-      item: for a training step, the item to export: ``weights`` (the default) or ``ema``.
+      item: for a training step, the item to export: ``weights`` (the default) or ``ema``. Adapters of a step
+        are merged.
+      adapters: a folder of adapters to merge, as well.
 
     Raises:
       UserError: with every problem that was found.
@@ -159,8 +162,17 @@ def plan(
     if not src.exists():
         raise UserError(f"{src}: no such file or directory.")
     if src.is_dir() and weights_lib.orbax_item(src, MODEL, item) is not None:
-        return _plan_export(src, dst, target, base, item)
-    return _plan_import(src, dst, target, base)
+        made = _plan_export(src, dst, target, base, item)
+    else:
+        made = _plan_import(src, dst, target, base)
+    return made if adapters is None else _with_adapters(made, Path(adapters))
+
+
+def _with_adapters(made: Plan, folder: Path) -> Plan:
+    model, *others = made.parts
+    weights = lora.WithAdapters(model.weights, lora.open_lora(folder, made.cfg))
+    merged = replace(model, weights=weights, source=f"{model.source} with {folder}")
+    return replace(made, flavour=f"{made.flavour}, adapters merged", parts=(merged, *others))
 
 
 def _plan_import(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None) -> Plan:
@@ -213,7 +225,8 @@ def _plan_export(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
     cfg = ModelConfig.from_bagel(config_home)
     written = writing.read_format(config_home)
     problems: dict[str, Problems] = {}
-    model, problems[str(src)] = weights_lib.examine(src, cfg, MODEL, item)
+    stored, problems[str(src)] = weights_lib.examine(src, cfg, MODEL, item, adapters=True)
+    model = lora.merged(stored)
     home = _autoencoder_home(src, homes)
     autoencoder, problems[f"{home} (autoencoder)"] = weights_lib.examine(home, cfg, AUTOENCODER)
     weights_lib.raise_problems(problems)
@@ -224,7 +237,7 @@ def _plan_export(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
         src,
         dst,
         to_orbax=False,
-        flavour="full model",
+        flavour="full model" if model is stored else "adapters merged",
         cfg=cfg,
         parts=(
             part,

@@ -17,10 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from unichar_jax.checkpoint import store
+from unichar_jax.checkpoint.remote import is_remote
 from unichar_jax.errors import UserError
 
 WEIGHTS, OPTIMIZER, EMA = "weights", "optimizer", "ema"
@@ -31,12 +33,13 @@ class CheckpointManager:
 
     def __init__(self, run_dir: str | Path, declared: Any, *, keep: int = 2, mesh: Mesh | None = None):
         """Args:
-        run_dir: the run's directory.
+        run_dir: the run's directory; may be in a bucket (``gs://``).
         declared: the model as declarations: shapes, names, sharding.
         keep: how many of the latest checkpoints stay.
         mesh: where restored arrays go.
         """
-        self.directory = Path(run_dir).absolute() / "checkpoints"
+        home = epath.Path(run_dir)
+        self.directory = (home if is_remote(run_dir) else home.absolute()) / "checkpoints"
         self.declared, self.mesh = declared, mesh
         self._orbax = ocp.training.Checkpointer(
             self.directory,

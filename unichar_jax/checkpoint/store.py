@@ -1,11 +1,11 @@
 """Reading and writing models on disk: what everything above this floor uses.
 
-``load_config``, ``load_model``, ``load_autoencoder`` and ``load_tokenizer`` take a directory of either
-kind, a BAGEL directory (PyTorch safetensors) or a model directory (Orbax), and ``load_model`` also
-takes a training step, whose weights are an item of the same layout. Files spell every layer out;
-modules hold layers stacked: ``flat_abstract``, ``stack_flat`` and ``unstack`` go between the two. With
-a mesh, arrays are built shard by shard in their place and never whole on the host. Conversion of models
-that do not fit in memory is ``convert.py``'s.
+``load_config``, ``load_model`` and ``load_autoencoder`` take a directory of either kind, a BAGEL
+directory (PyTorch safetensors) or a model directory (Orbax), and ``load_model`` also takes a training
+step, whose weights are an item of the same layout. Files spell every layer out; modules hold layers
+stacked: ``flat_abstract``, ``stack_flat`` and ``unstack`` go between the two. With a mesh, arrays are
+built shard by shard in their place and never whole on the host. Conversion of models that do not fit in
+memory is ``convert.py``'s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,6 @@ from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 M = TypeVar("M")
 
 CONFIG_FILE = CONFIG_FILES[0]
@@ -68,47 +65,6 @@ def config_folder(path: str | Path) -> Path:
 def load_config(path: str | Path) -> ModelConfig:
     """Sizes of the model in ``path`` (a directory of either kind, or a training step)."""
     return ModelConfig.from_bagel(config_folder(path))
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, checked against the model's ids of the four special tokens.
-
-    Raises:
-      UserError: no tokenizer files, or one whose special tokens have other ids.
-    """
-    import transformers
-
-    folder = config_folder(path)
-    if (folder / "tokenizer.json").is_file():
-        kind: Any = transformers.PreTrainedTokenizerFast
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        kind = transformers.Qwen2Tokenizer
-    else:
-        raise UserError(
-            f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt. Copy them from"
-            " the BAGEL download."
-        )
-    tokenizer = kind.from_pretrained(folder, local_files_only=True)
-    ids = ModelConfig.from_bagel(folder).special_tokens
-    expected = {
-        "<|im_start|>": ids.bos,
-        "<|im_end|>": ids.eos,
-        "<|vision_start|>": ids.image_start,
-        "<|vision_end|>": ids.image_end,
-    }
-    wrong = [
-        f"{token}: expected {want}, got {got}"
-        for token, want in expected.items()
-        if (got := tokenizer.convert_tokens_to_ids(token)) != want
-    ]
-    if wrong:
-        raise UserError(
-            f"{folder}: the tokenizer does not belong to this model:\n  "
-            + "\n  ".join(wrong)
-            + "\nCopy the tokenizer files of the model's own download."
-        )
-    tokenizer.add_tokens(list(expected), special_tokens=True)  # a bare vocabulary does not mark them
-    return tokenizer
 
 
 # -- modules ------------------------------------------------------------------------------------------------
@@ -137,11 +93,10 @@ def load_model(
     cfg = load_config(path)
     weights = weights_lib.open_weights(path, cfg, MODEL, item, adapters=True)
     declared = UnifiedModel(cfg, compute)
-    adapters = lora.declared_in({name: info.shape for name, info in weights.infos.items()})
-    if adapters is None:
+    places = lora.places_in({name: info.shape for name, info in weights.infos.items()})
+    if not places:
         return _fill(declared, weights, mesh, dtype)
-    adapted = _fill(lora.add_lora(UnifiedModel(cfg, compute), **adapters), weights, mesh, dtype)
-    return lora.merge(adapted, declared)
+    return lora.merge(_fill(lora.declare(UnifiedModel(cfg, compute), places), weights, mesh, dtype), declared)
 
 
 def load_autoencoder(path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Autoencoder:

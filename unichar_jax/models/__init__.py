@@ -1,0 +1,1 @@
+"""The unified model on three streams: decoder, towers, autoencoder, attention and its kernels."""

@@ -1,0 +1,1 @@
+"""Inference: caches, text decoding, drawing along the flow, the batching engine, role play."""

@@ -11,7 +11,7 @@ import collections
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -173,3 +173,23 @@ class Batcher:
             for job in batch:
                 job.finish(error=error or RuntimeError("the batch ended without this request's result"))
             del batch, error  # a waiting worker keeps no request alive
+
+
+def gather(
+    jobs: Iterable[Job], submitting: contextlib.AbstractContextManager[None] | None = None
+) -> list[Any]:
+    """Results in order. If one fails or the caller is interrupted, the others are cancelled.
+
+    Args:
+      jobs: submitted as they are iterated over.
+      submitting: entered while they are, such as ``Batcher.together``.
+    """
+    submitted: list[Job] = []
+    try:
+        with submitting or contextlib.nullcontext():
+            submitted.extend(jobs)
+        return [job.result() for job in submitted]
+    except BaseException:
+        for job in submitted:
+            job.cancel()
+        raise

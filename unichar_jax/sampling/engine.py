@@ -5,35 +5,36 @@ batch), queued, and run in batches by one thread. Shapes are padded to buckets, 
 compiles a bounded number of programs; what was read once is not read again (``context.Reader``). A result
 depends on its own request and seed, not on what shared its batch.
 
-Several models of one shape (a base with many characters' low-rank additions) may be served side by side:
-arrays they share are held once, programs are compiled once.
+One base plays any number of characters, each a low-rank addition to it (``add_character``), and a request
+names the one that it wants. Adapters are arguments of the compiled programs, padded to one rank, and the
+base's arrays are held once: another character costs its adapters, and switching costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from unichar_jax.data import templates
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import context, flow, pixels, text
-from unichar_jax.sampling.batching import Batcher, Job
+from unichar_jax.sampling.batching import Batcher, Job, gather
 from unichar_jax.sampling.cache import bucket
 from unichar_jax.sampling.context import Part
 from unichar_jax.sampling.flow import Contexts, FlowSettings, Guidance
 from unichar_jax.sampling.parts import ImageLike, PartMaker, Size, Transforms, open_picture
+from unichar_jax.sampling.roster import BASE, Roster
 from unichar_jax.sampling.text import TextSettings, Tokenizer
 from unichar_jax.sampling.tracing import compilations, jitted
 
@@ -109,7 +110,7 @@ class Engine:
     """A model that is ready to answer and to draw. Thread-safe. Close it, or use it in a ``with``.
 
     Args:
-      model: the base model, named "base".
+      model: the base model, named "base"; ``add_character`` adds others.
       autoencoder: of the same model; needed for pictures that are drawn or changed.
       tokenizer: of the same model.
       config: bounds and habits.
@@ -126,7 +127,7 @@ class Engine:
     ):
         self.config = config or EngineConfig()
         self.cfg = model.cfg
-        self.models = {"base": ready(model)}
+        self._roster = Roster(model)
         self.parts = PartMaker(
             model.cfg,
             tokenizer,
@@ -151,10 +152,12 @@ class Engine:
         ``item`` chooses among a training step's weights, as in ``checkpoint.store.load_model``.
         """
         from unichar_jax.checkpoint import store  # reading checkpoints takes long to import
+        from unichar_jax.data.tokenizer import load_tokenizer
 
         compute = compute or Compute()
         model = store.load_model(path, compute=compute, dtype=compute.jax_dtype, item=item)
-        return cls(model, store.load_autoencoder(path), store.load_tokenizer(path), config)
+        tokenizer = load_tokenizer(store.config_folder(path), model.cfg)
+        return cls(model, store.load_autoencoder(path), tokenizer, config)
 
     def close(self) -> None:
         """Cancels waiting requests and stops; running ones end first."""
@@ -178,11 +181,36 @@ class Engine:
         """Programs compiled since this engine was made (counting all engines of the process)."""
         return sum(compilations().values()) - self._compiled_before
 
+    # -- models ---------------------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> Mapping[str, UnifiedModel]:
+        """Who answers, by the name that requests give."""
+        return self._roster.models
+
     def add_model(self, name: str, model: UnifiedModel) -> None:
-        """Serves another model of the same sizes under ``name``; one of that name is replaced."""
-        if model.cfg != self.cfg:
-            raise UserError(f"model '{name}': its sizes are not those of the engine's base model.")
-        self.models[name] = ready(model)
+        """Serves another whole model of the same sizes under ``name``, which must be new."""
+        self._roster.add_model(name, model)
+
+    def add_character(self, name: str, adapters: str | Path | Mapping[str, jax.Array]) -> None:
+        """Serves the base with adapters around it under ``name``, which must be new.
+
+        A character with adapters in more places or of a larger rank than those before it makes the engine
+        compile anew, once: add characters before the first request.
+
+        Args:
+          name: that requests give as ``model``.
+          adapters: a folder (``checkpoint.lora``), or stacked arrays by name, as ``checkpoint.lora.load``
+            gives them.
+
+        Raises:
+          UserError: the name is taken, or the folder's adapters are not for this base.
+        """
+        self._roster.add_character(name, adapters)
+
+    def remove(self, name: str) -> None:
+        """Stops serving a character or an added model; requests for it that still wait fail."""
+        self._roster.remove(name)
 
     # -- many at once ---------------------------------------------------------------------------------------
 
@@ -193,7 +221,7 @@ class Engine:
         settings: TextSettings | None = None,
         *,
         think: bool = False,
-        model: str = "base",
+        model: str = BASE,
     ) -> list[str]:
         """Answers every prompt.
 
@@ -202,11 +230,11 @@ class Engine:
           images: a picture to look at for each prompt, or None.
           settings: of decoding; prompt i is decoded with ``seed + i``.
           think: ask BAGEL to reason first; the reasoning is part of the answer.
-          model: which model answers.
+          model: who answers: the base, or a character by its name.
         """
         settings = settings or TextSettings()
         pictures = [None] * len(prompts) if images is None else images
-        return _gather(
+        return gather(
             self.submit_text(
                 prompt,
                 image,
@@ -225,7 +253,7 @@ class Engine:
         settings: TextSettings | None = None,
         *,
         think: bool = False,
-        model: str = "base",
+        model: str = BASE,
     ) -> str:
         """The answer to a question, about a picture if one is given."""
         return self.generate_text([question], [image], settings, think=think, model=model)[0]
@@ -240,7 +268,7 @@ class Engine:
         seed: int = 0,
         image: ImageLike | None = None,
         think: TextSettings | None = None,
-        model: str = "base",
+        model: str = BASE,
     ) -> list[list[Image.Image]]:
         """Draws ``n`` pictures for every prompt; picture j of each has seed ``seed + j``.
 
@@ -254,13 +282,13 @@ class Engine:
           image: a picture to change as the prompts say.
           think: plan in words first, decoded with these settings: in the format of the characters' training,
             or with an ``as_shipped`` engine in BAGEL's.
-          model: which model draws.
+          model: who draws.
         """
         plans: Sequence[str | None] = [None] * len(prompts)
         if think is not None and self.config.as_shipped:
             given = [] if image is None else self._given(open_picture(image))
             first = [self.parts.text(templates.GEN_THINK), *given]
-            plans = _gather(
+            plans = gather(
                 self.submit_parts([*first, self.parts.text(p)], think, model=model, wait=True)
                 for p in prompts
             )
@@ -269,7 +297,7 @@ class Engine:
             written = self.generate_text(asked, None, think, model=model)
             parsed = [templates.parse_thinking(w).instruction for w in written]
             prompts = [instruction or p for instruction, p in zip(parsed, prompts, strict=True)]
-        return _gather(
+        return gather(
             self.submit_images(
                 prompt,
                 n,
@@ -293,7 +321,7 @@ class Engine:
         settings: TextSettings | None = None,
         *,
         think: bool = False,
-        model: str = "base",
+        model: str = BASE,
         wait: bool = False,
     ) -> Job:
         """Queues one text. Iterate over the job for the text as it comes, or take its ``result()``.
@@ -312,11 +340,11 @@ class Engine:
         parts: Sequence[Part],
         settings: TextSettings | None = None,
         *,
-        model: str = "base",
+        model: str = BASE,
         wait: bool = False,
     ) -> Job:
         """Queues the text that follows any context (``self.parts`` makes its parts)."""
-        request = _TextRequest(tuple(parts), settings or TextSettings(), self._known(model))
+        request = _TextRequest(tuple(parts), settings or TextSettings(), self._roster.known(model))
         self._check_length(parts, request.settings.max_tokens + 1)
         return self._batcher.submit(Job(("text", model, context.shape_of(parts)), request), wait=wait)
 
@@ -330,7 +358,7 @@ class Engine:
         seed: int = 0,
         image: ImageLike | None = None,
         plan: str | None = None,
-        model: str = "base",
+        model: str = BASE,
         wait: bool = False,
     ) -> Job:
         """Queues ``n`` pictures of one prompt. Iterate over the job for each as it is done.
@@ -357,7 +385,7 @@ class Engine:
             settings=settings or (FlowSettings() if image is None else EDITING),
             grid=grid,
             seeds=tuple(seed + i for i in range(n)),
-            model=self._known(model),
+            model=self._roster.known(model),
         )
         self._check_length(request.full, 2 + grid[0] * grid[1])
         return self._batcher.submit(Job(request.key, request, rows=n), wait=wait)
@@ -365,14 +393,6 @@ class Engine:
     def _given(self, picture: Image.Image) -> list[Part]:
         """A picture to be changed: as latents and as patches."""
         return [self.parts.given(picture), self.parts.look(picture)]
-
-    def _known(self, name: str) -> str:
-        if name not in self.models:
-            raise UserError(
-                f"model '{name}' is unknown{did_you_mean(name, self.models)}; expected one of"
-                f" {', '.join(self.models)}."
-            )
-        return name
 
     def _check_length(self, parts: Sequence[Part], more: int) -> None:
         length = context.num_tokens(parts)
@@ -392,9 +412,10 @@ class Engine:
 
     def _run_text(self, jobs: list[Job]) -> None:
         requests: list[_TextRequest] = [job.payload for job in jobs]
-        name, settings = requests[0].model, [r.settings for r in requests]
-        model, room = self.models[name], max(s.max_tokens for s in settings) + 1
-        cache = self._reader.read(model, name, [r.parts for r in requests], room=room)
+        settings = [r.settings for r in requests]
+        model, memory = self._roster.get(requests[0].model)
+        room = max(s.max_tokens for s in settings) + 1
+        cache = self._reader.read(model, memory, [r.parts for r in requests], room=room)
         replies = text.stream(
             model,
             cache,
@@ -409,11 +430,11 @@ class Engine:
     def _run_images(self, jobs: list[Job]) -> None:
         requests: list[_ImageRequest] = [job.payload for job in jobs]
         first = requests[0]
-        name, grid = first.model, first.grid
-        model, most = self.models[name], self.config.max_batch
+        grid, most = first.grid, self.config.max_batch
+        model, memory = self._roster.get(first.model)
 
         def read(branch: str) -> kv.KVCache:
-            return self._reader.read(model, name, [getattr(r, branch) for r in requests])
+            return self._reader.read(model, memory, [getattr(r, branch) for r in requests])
 
         text_acts, image_acts = first.settings.guidance.uses
         contexts = Contexts(
@@ -442,21 +463,3 @@ class Engine:
                 jobs[row].emit(drawn[row][-1])
         for job, pictures in zip(jobs, drawn, strict=True):
             job.finish(pictures)
-
-
-def _gather(jobs: Iterable[Job]) -> list[Any]:
-    """Results in order. If one fails or the caller is interrupted, the others are cancelled."""
-    submitted: list[Job] = []
-    try:
-        submitted.extend(jobs)
-        return [job.result() for job in submitted]
-    except BaseException:
-        for job in submitted:
-            job.cancel()
-        raise
-
-
-def ready(model: UnifiedModel) -> UnifiedModel:
-    """The model with its weights in the dtype it computes in: nothing is cast at each use."""
-    dtype = model.compute.jax_dtype
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model)

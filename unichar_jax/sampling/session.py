@@ -28,6 +28,7 @@ from unichar_jax.sampling.batching import Job
 from unichar_jax.sampling.engine import Engine
 from unichar_jax.sampling.flow import FlowSettings
 from unichar_jax.sampling.parts import ImageLike, Size, open_picture
+from unichar_jax.sampling.roster import BASE
 from unichar_jax.sampling.text import TextSettings
 
 SPEAKING = TextSettings(max_tokens=500, temperature=0.7)
@@ -98,7 +99,7 @@ class RolePlay:
         persona: Persona,
         *,
         reference_image: ImageLike | None = None,
-        model: str = "base",
+        model: str = BASE,
         remember: int = 20,
     ):
         if remember < 2:
@@ -245,7 +246,7 @@ class RolePlay:
 
     @classmethod
     def restore(
-        cls, engine: Engine, folder: str | Path, *, model: str = "base", remember: int = 20
+        cls, engine: Engine, folder: str | Path, *, model: str = BASE, remember: int = 20
     ) -> RolePlay:
         """Takes a saved conversation up again."""
         path = Path(folder) / TRANSCRIPT
