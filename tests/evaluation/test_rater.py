@@ -9,9 +9,10 @@ import pytest
 
 from tests.evaluation.conftest import Scripted
 from unichar_jax.errors import UserError
+from unichar_jax.evaluation.endpoint import Endpoint, chat
 from unichar_jax.evaluation.outputs import OutputStore
 from unichar_jax.evaluation.pictures import Instruments
-from unichar_jax.evaluation.rater import RUBRICS, Endpoint, Rater, Reply, chat, parse_score
+from unichar_jax.evaluation.rater import RUBRICS, Rater, Reply, parse_score
 from unichar_jax.evaluation.suite import Plan, evaluate
 
 ENDPOINT = Endpoint("http://localhost:1/v1", "judge", workers=2)

@@ -6,23 +6,99 @@ A run says everything in its ``config.json``; a stage that starts from another r
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unichar_jax.checkpoint import runs
+from unichar_jax.errors import UserError
 
 if TYPE_CHECKING:
     from unichar_jax.sampling.engine import Engine
     from unichar_jax.sampling.flow import FlowSettings
+    from unichar_jax.sampling.session import Persona
 
 
-def load_engine(path: Path, dtype: str = "float32") -> Engine:
-    """The engine of a run (its latest step, averaged weights if kept) or of a model directory."""
+def load_engine(path: Path, dtype: str = "float32", loras: Mapping[str, Path] | None = None) -> Engine:
+    """The engine of a run (its latest step, averaged weights if kept) or of a model directory.
+
+    ``loras`` are folders of adapters by the name of their character.
+    """
+    from unichar_jax.checkpoint import lora, store
     from unichar_jax.models.decoder import Compute
     from unichar_jax.sampling.engine import Engine
 
     step = runs.resolve(path)
-    return Engine.load(step, compute=Compute(dtype=dtype), item=runs.weights_item(step))
+    cfg = store.load_config(step)
+    opened = {
+        name: lora.open_lora(folder, cfg) for name, folder in (loras or {}).items()
+    }  # before gigabytes are
+    engine = Engine.load(step, compute=Compute(dtype=dtype), item=runs.weights_item(step))
+    for name, source in opened.items():
+        engine.add_character(name, lora.load(source))
+    return engine
+
+
+def lora_names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders of adapters by name: their own, or that of the run they are the ``lora`` of; also ``NAME=FOLDER``.
+
+    Raises:
+      UserError: two have one name, or it is "base".
+    """
+    from unichar_jax.checkpoint.lora import FOLDER
+
+    named: dict[str, Path] = {}
+    for given in folders:
+        name, sign, rest = str(given).partition("=")
+        folder = Path(rest if sign else given)
+        if not sign:
+            at = folder.absolute()
+            name = at.parent.name if at.name == FOLDER else at.name
+        if name in (*named, "base"):
+            raise UserError(f"{folder}: the name '{name}' is taken; choose one: --lora NAME={folder}")
+        named[name] = folder
+    return named
+
+
+def character_folder(run: Path, character: Path | None = None) -> Path | None:
+    """The character a run was trained on, unless the caller names a folder; None if neither is known."""
+    if character is not None:
+        return character
+    root, names = training_data(run)
+    if root is None or not root.is_dir():
+        return None
+    from unichar_jax.data.rolescape import find_characters
+
+    wanted = [f for f in find_characters(root, "train") if not names or f.name in names]
+    return wanted[0] if wanted else None
+
+
+def run_persona(
+    run: Path, character: Path | None = None, description: str | None = None, opening: str | None = None
+) -> Persona | None:
+    """Who a run plays: the caller's word first, then the character it was trained on."""
+    from unichar_jax.sampling.session import Persona
+
+    folder = character_folder(run, character)
+    if folder is not None:
+        return Persona.from_folder(folder, description=description, opening=opening)
+    return None if description is None else Persona("the character", description, opening or "")
+
+
+def lora_persona(
+    folder: Path, character: Path | None = None, description: str | None = None, opening: str | None = None
+) -> Persona | None:
+    """Who adapters play: the caller's word first, then what lies in their folder, then the run they are in."""
+    from unichar_jax.checkpoint import lora
+    from unichar_jax.sampling.session import Persona
+
+    stored = folder / lora.CHARACTER_FILE
+    if character is None and stored.is_file():
+        who = json.loads(stored.read_text(encoding="utf-8"))
+        return Persona(
+            who["name"], description or who["description"], who["opening"] if opening is None else opening
+        )
+    return run_persona(folder.absolute().parent, character, description, opening)
 
 
 def is_small(path: Path) -> bool:

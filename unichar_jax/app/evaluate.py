@@ -24,11 +24,12 @@ from unichar_jax.app.sheet import contact_sheet
 from unichar_jax.checkpoint import runs
 from unichar_jax.config import presets
 from unichar_jax.errors import UserError
+from unichar_jax.evaluation.endpoint import Endpoint
 from unichar_jax.evaluation.instruments import find_instruments, rewarded_metrics
 from unichar_jax.evaluation.items import CONTEXTS, DEFAULT_TASKS, Case, read_cases
 from unichar_jax.evaluation.outputs import OutputStore
 from unichar_jax.evaluation.pictures import Instruments
-from unichar_jax.evaluation.rater import Endpoint, Rater
+from unichar_jax.evaluation.rater import Rater
 from unichar_jax.evaluation.results import Results
 from unichar_jax.evaluation.subject import EngineSubject, weights_fingerprint
 from unichar_jax.evaluation.suite import Plan, Progress, collect, evaluate, known_tasks, originals
@@ -152,7 +153,7 @@ def _models(specs: tuple[str, ...]) -> list[_Model]:
         name, _, context = spec.partition("@")
         if context and context not in CONTEXTS:
             raise UserError(f"{spec}: expected @{' or @'.join(CONTEXTS[1:])} after a path, got @{context}.")
-        path = Path(name) if Path(name).exists() else presets.resource_dir("checkpoints") / name
+        path = presets.folder_or_shipped(name)
         if not path.is_dir():
             raise UserError(
                 f"{name}: not a directory, and no model of that name ships; give a run or a model."
@@ -191,7 +192,7 @@ def _instruments(cfg: Evaluation, run: Path, folder: Path) -> Instruments:
     named = cfg.encoders or next((c["encoders"] for c in engines.lineage(run) if c.get("encoders")), "")
     if not named:
         named = "mini" if engines.is_small(run) else ""
-    place = Path(named) if Path(named).is_dir() else presets.resource_dir("checkpoints") / named
+    place = presets.folder_or_shipped(named)
     if named and not place.is_dir():
         raise UserError(f"encoders '{named}': no such folder; give --encoders FOLDER.")
     found = find_instruments(place if named else None, rater)

@@ -1,27 +1,57 @@
 """The quickstart: one character, customised on this machine, from what ships with the package.
 
-Steps, each a call into the library that a user could make: find or draw the character, run Unified-SFT from
-the mini base (or from random weights of a preset), load the result, let it answer and draw. Nothing here is
-known to the library below.
+Steps, each a call into the library that a user could make: find or draw the character; Unified-SFT from the
+mini base (or from random weights of a preset); a short Character-GRPO; evaluation on held-out questions and
+prompts, the base beside the two stages; a conversation; one report with all of it. A stage that cannot be
+had is left out, and the terminal and the report say why. Started again with the same settings it goes on from
+what is there. Nothing here is known to the library below.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import platform
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from unichar_jax.app import engines
+from unichar_jax.app.evaluate import Evaluation, run_evaluation, versions
+from unichar_jax.app.report import (
+    Command,
+    Comparison,
+    Conversation,
+    Measurements,
+    Picture,
+    Report,
+    compare,
+    conversation,
+    curves,
+    write_report,
+)
 from unichar_jax.config import presets
 from unichar_jax.config.data import DataConfig
+from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.config.train import SFTConfig
+from unichar_jax.data import rolescape
 from unichar_jax.errors import UserError
+from unichar_jax.evaluation.results import Results
+from unichar_jax.evaluation.suite import Progress
+from unichar_jax.scoring import mini
+
+TASKS = ("knowledge_mcq", "unseen_image_mcq", "vqa", "reply_likelihood", "dialogue", "t2i", "t2t2i")
+"""What the report measures: every ability once."""
+
+LINES = ("Hello! Who are you?", "What do you like to do?", "Where are you now?")
+"""What the report's conversation says to the character; the last one is drawn."""
 
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Settings of the quickstart.
+    """Customises one character on this machine, and writes a report to open in a browser.
 
     Attributes:
       data: a character folder in the RoleScape-20 layout (``.../train/NAME``); by default a character of the
@@ -30,7 +60,9 @@ class Quickstart:
       base: model to start from; a preset's name that does not ship weights starts from random ones.
       out: folder of everything that is made.
       steps: of Unified-SFT; by default the preset's.
-      seed: of the character's pictures and of sampling.
+      rounds: of Character-GRPO; by default the preset's; 0 leaves it out.
+      seeds: pictures of every held-out prompt, and replies to every held-out line.
+      seed: of the character's pictures, of training and of sampling.
     """
 
     data: Path | None = None
@@ -38,11 +70,81 @@ class Quickstart:
     base: str = "mini"
     out: Path = Path("runs/quickstart")
     steps: int | None = None
+    rounds: int | None = None
+    seeds: int = 2
     seed: int = 0
+
+
+@dataclass
+class Story:
+    """What happened so far: the models, what could not be had, and how long each step took."""
+
+    models: list[tuple[str, str]] = field(default_factory=list)
+    """What the evaluation is to load, and what tables call it."""
+    left_out: list[str] = field(default_factory=list)
+    minutes: list[tuple[str, float]] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        say(f"\n== {title}")
+        started = time.perf_counter()
+        yield
+        self.minutes.append((title, (time.perf_counter() - started) / 60))
+
+    def leave_out(self, what: str) -> None:
+        say(what)
+        self.left_out.append(what)
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def run(cfg: Quickstart, progress: Callable[[str], Progress] | None = None) -> Path:
+    """Does it all.
+
+    Args:
+      cfg: settings.
+      progress: given a model's label, returns what is told of the evaluation's progress.
+
+    Returns:
+      The report.
+
+    Raises:
+      UserError: the character's folder, the base or a setting is not as it should be.
+    """
+    from unichar_jax.training import grpo
+    from unichar_jax.training import sft as unified_sft
+
+    story = Story()
+    with story.step("the character"):
+        folder = character_folder(cfg)
+        say(str(folder))
+    base = presets.folder_or_shipped(cfg.base)
+    if (base / "ema.safetensors").is_file():
+        story.models += [(f"{base}", "base"), (f"{base}@profile", "base, told everything")]
+    else:
+        story.leave_out(f"'{cfg.base}' has no weights here: training starts from random ones.")
+    with story.step("Unified-SFT: learning to talk and to draw as the character"):
+        final = unified_sft.train(sft_config(cfg, folder))
+        story.models.append((str(final), "Unified-SFT"))
+    reason = why_no_grpo(cfg, folder, base)
+    if reason:
+        story.leave_out(f"Character-GRPO is left out: {reason}")
+    else:
+        with story.step("Character-GRPO: drawing, scoring, learning from what scored better"):
+            final = grpo.train(grpo_config(cfg, folder, final))
+            story.models.append((str(final), "+ Character-GRPO"))
+    with story.step("evaluation on what training never saw"):
+        results = evaluate(cfg, folder, story, progress)
+    with story.step("a conversation"):
+        talk = converse(cfg, folder, final)
+    page = write_report(report(cfg, folder, final, story, results, talk), cfg.out / "report.html")
+    _say_goodbye(cfg, folder, final, page, talk, story)
+    return page
+
+
+# -- the stages ---------------------------------------------------------------------------------------------
 
 
 def character_folder(cfg: Quickstart) -> Path:
@@ -81,32 +183,158 @@ def sft_config(cfg: Quickstart, folder: Path) -> SFTConfig:
         run_dir=str(cfg.out / "sft"),
         data=data,
         steps=cfg.steps or base.steps,
+        seed=cfg.seed,
     )
 
 
-def run(cfg: Quickstart) -> Path:
-    """Does it all; returns the run's directory."""
-    from unichar_jax.cli.talk import flow_settings, load_engine
+def prompts_folder(folder: Path) -> Path:
+    """Where RoleScape-20 keeps the drawing prompts of a character."""
+    return folder.parent.parent.parent / "personalized_t2i" / folder.name
+
+
+def why_no_grpo(cfg: Quickstart, folder: Path, base: Path) -> str:
+    """Why stage 2 cannot run here; empty if it can."""
+    if cfg.rounds == 0:
+        return "--rounds 0."
+    if not any(prompts_folder(folder).glob("*_pure_t2i_with_vqa.jsonl")):
+        return f"{prompts_folder(folder)} holds no drawing prompts (*_pure_t2i_with_vqa.jsonl)."
+    absent = [name for name in (mini.CLIP_FOLDER, mini.DINOV2_FOLDER) if not (base / name).exists()]
+    return f"{base} holds no scorers ({', '.join(absent)})." if absent else ""
+
+
+def grpo_config(cfg: Quickstart, folder: Path, sft: Path) -> GRPOConfig:
+    """The laptop preset of Character-GRPO on this character, from the run of stage 1."""
+    preset = presets.load(GRPOConfig, "grpo-mini")
+    return dataclasses.replace(
+        preset,
+        base=str(sft),
+        run_dir=str(cfg.out / "grpo"),
+        prompts=str(prompts_folder(folder)),
+        rounds=preset.rounds if cfg.rounds is None else cfg.rounds,
+        seed=cfg.seed,
+    )
+
+
+def evaluate(
+    cfg: Quickstart, folder: Path, story: Story, progress: Callable[[str], Progress] | None
+) -> tuple[Results, ...]:
+    """Every model on the same held-out items and seeds, under the names that the report uses."""
+    *others, last = (path for path, _ in story.models)
+    found = run_evaluation(
+        Evaluation(
+            last,
+            data=folder.parent.parent,
+            characters=(folder.name,),
+            tasks=TASKS,
+            seeds=cfg.seeds,
+            compare=tuple(others),
+            out=cfg.out / "evaluation",
+        ),
+        progress,
+    ).results
+    count = len(story.models)
+    labels = [label for _, label in story.models]
+    measured = (dataclasses.replace(r, label=label) for r, label in zip(found[-count:], labels, strict=True))
+    return (*found[:-count], *measured)
+
+
+def converse(cfg: Quickstart, folder: Path, final: Path) -> Conversation:
+    """A short role play with the finished character, saved as a transcript."""
     from unichar_jax.sampling.session import Persona, RolePlay
     from unichar_jax.sampling.text import TextSettings
-    from unichar_jax.training.sft import train
 
-    started = time.perf_counter()
-    folder = character_folder(cfg)
-    say(f"[1/3] the character: {folder}")
-    sft = sft_config(cfg, folder)
-    say(f"[2/3] Unified-SFT, {sft.steps} steps")
-    made = train(sft)
-    say("[3/3] the character answers and draws")
-    with load_engine(made) as engine:
+    with engines.load_engine(final) as engine:
         play = RolePlay(engine, Persona.from_folder(folder))
-        play.reply("Hello! Who are you?", TextSettings(max_tokens=80, temperature=0.7, seed=cfg.seed))
-        turn = play.picture(flow_settings(30, 4.0, made))
-        transcript = play.save(cfg.out / "transcript")
-    print(f"\nyou:   {turn.user}\n{play.persona.name}:  {turn.reply}")
-    print(f"\nreply and picture: {transcript}")
-    print(f"the run:           {made}   ({(time.perf_counter() - started) / 60:.1f} minutes)")
-    print(
-        f'\nnext:  unichar chat {made}\n       unichar draw {made} "{cfg.character} is waving in the snow." -n 8'
+        for line in LINES:
+            turn = play.reply(line, TextSettings(max_tokens=80, temperature=0.7, seed=cfg.seed))
+            say(f"you: {line}\n{play.persona.name}: {turn.reply}")
+        play.picture(engines.flow_settings(30, 4.0, final))
+        play.save(cfg.out / "transcript")
+        return conversation(play)
+
+
+# -- the report ---------------------------------------------------------------------------------------------
+
+
+def report(
+    cfg: Quickstart,
+    folder: Path,
+    final: Path,
+    story: Story,
+    results: tuple[Results, ...],
+    talk: Conversation,
+) -> Report:
+    """Everything that was made, as one page."""
+    character = rolescape.read_character(folder)
+    models = results[-len(story.models) :]
+    drawn: Comparison = compare(models, prompts=6)
+    facts = [
+        ("character", str(folder)),
+        ("base", cfg.base),
+        ("seeds", f"{cfg.seed} for training, {cfg.seeds} pictures of every prompt"),
+        *((title, f"{minutes:.1f} minutes") for title, minutes in story.minutes),
+        ("machine", f"{platform.machine()}, {_devices()}"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in versions().items())),
+        *(("left out", text) for text in story.left_out),
+    ]
+    configs = [("Unified-SFT", presets.to_json(sft_config(cfg, folder)))]
+    if final.name == "grpo":
+        configs.append(("Character-GRPO", presets.to_json(grpo_config(cfg, folder, cfg.out / "sft"))))
+    stages = " and ".join(label.removeprefix("+ ") for _, label in story.models if "base" not in label)
+    return Report(
+        title=character.name,
+        summary=f"{stages} taught a small model to answer and to draw as {character.name},"
+        f" from {len(character.images)} pictures and some dialogue. Below: what it learned from, what it draws and"
+        " says now, and how that compares with the model before, on prompts and questions that it never saw.",
+        kicker="UniChar-JAX quickstart",
+        references=tuple(Picture(image.path) for image in character.images),
+        comparison=drawn,
+        conversation=talk,
+        measurements=(Measurements(results, "Held-out questions, replies and pictures"),),
+        charts=(
+            *curves(
+                cfg.out / "sft" / "metrics.jsonl",
+                ["ce", "mse"],
+                {"ce": "Unified-SFT: loss of the text", "mse": "Unified-SFT: loss of the pictures"},
+            ),
+            *curves(
+                cfg.out / "grpo" / "held_out.jsonl",
+                ["reward"],
+                {"reward": "Character-GRPO: reward on held-out prompts"},
+            ),
+        ),
+        making=tuple(facts),
+        configs=tuple(configs),
+        commands=_next(cfg, folder, final),
     )
-    return made
+
+
+def _devices() -> str:
+    import jax
+
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def _next(cfg: Quickstart, folder: Path, final: Path) -> tuple[Command, ...]:
+    name = folder.name
+    return (
+        Command(f"unichar chat {final}", f"Talk to {name}:"),
+        Command(f'unichar draw {final} "{name} is waving in the snow." -n 8', f"Draw {name}:"),
+        Command(
+            "unichar data new NAME --images FOLDER_OF_PICTURES --out data\n"
+            "./launch/quickstart.sh --data data/personalized_data/train/NAME --out runs/NAME",
+            "The same with about ten pictures of your own (the mini model only knows its picture-book world; "
+            "'unichar sft sft-bagel-7b' is for the real one):",
+        ),
+    )
+
+
+def _say_goodbye(
+    cfg: Quickstart, folder: Path, final: Path, page: Path, talk: Conversation, story: Story
+) -> None:
+    minutes = sum(m for _, m in story.minutes)
+    print(f"\n{talk.name} is ready ({minutes:.1f} minutes).\n\n  the report:  {page}")
+    for command in _next(cfg, folder, final):
+        lines = command.command.replace("\n", "\n    ")
+        print(f"\n{command.purpose}\n    {lines}")

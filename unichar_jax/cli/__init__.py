@@ -1,0 +1,1 @@
+"""The ``unichar`` command: parse, call, print."""

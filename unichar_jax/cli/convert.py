@@ -1,4 +1,4 @@
-"""``unichar convert``, ``inspect`` and ``diff``: weights from and to PyTorch, and a look at them.
+"""``unichar convert``, ``inspect`` and ``diff``: weights from and to PyTorch, adapters, and a look at them.
 
 Thin: each function calls ``unichar_jax.checkpoint`` and prints what it returned.
 """
@@ -9,21 +9,25 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from unichar_jax.app.engines import character_folder
 from unichar_jax.checkpoint import convert as convert_lib
 from unichar_jax.checkpoint import inspect as inspect_lib
+from unichar_jax.checkpoint import lora as lora_lib
+from unichar_jax.checkpoint import low_rank, runs
 from unichar_jax.checkpoint.memory import PeakMemory
+from unichar_jax.errors import UserError
 
 _GIB = 2**30
 
 
 def convert(
-    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC DST")],
     /,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     verify: bool = False,
@@ -31,27 +35,56 @@ def convert(
     base: Path | None = None,
     item: str | None = None,
     max_shard_gib: float | None = None,
+    merge: Path | None = None,
+    lora_export: bool = False,
+    lora: Annotated[int | None, tyro.conf.arg(metavar="RANK")] = None,
+    keep: Literal["none", "vectors", "all"] = "vectors",
+    character: Path | None = None,
 ) -> None:
     """Converts weights: PyTorch safetensors to Orbax, or Orbax back to a complete BAGEL directory.
 
+    Three more things it does, all streamed as well:
+      unichar convert --lora RANK FINETUNE BASE DST    adapters from the difference of two models
+      unichar convert --lora-export RUN DST            the adapters of a run with trainable = "lora"
+      unichar convert --merge ADAPTERS SRC DST         a model with adapters merged into it
+
     Args:
-      src: BAGEL directory, safetensors file, converted directory, or checkpoint step of a run.
-      dst: directory to write; must not exist.
-      dtype: of the written model; by default as stored.
+      paths: a BAGEL directory, safetensors file, converted directory, run or checkpoint step; and the
+        directory to write, which must not exist.
+      dtype: of what is written; by default as stored (adapters from a difference: bfloat16).
       verify: read both sides again and compare every array bit for bit.
       dry_run: print what would be done, and write nothing.
       base: directory that supplies what SRC lacks (the rest of a model, configs, tokenizer, autoencoder).
       item: of a checkpoint step, weights or ema.
       max_shard_gib: split an export into files of at most this size.
+      merge: a folder of adapters to merge into SRC.
+      lora_export: write the adapters of a run as a folder that PEFT reads.
+      lora: rank of the adapters that are to stand for the difference of two models.
+      keep: with --lora, what to keep whole of the rest that changed: nothing, vectors (norms and biases), or
+        all (embeddings and heads, too).
+      character: with --lora or --lora-export, folder of the character that the adapters play; "unichar chat"
+        then knows it.
     """
     console = Console()
-    made = convert_lib.plan(src, dst, dtype=dtype, base=base, item=item)
+    if lora is not None:
+        finetune, old, dst = _exactly(paths, "--lora RANK FINETUNE BASE DST")
+        return _difference(console, finetune, old, dst, lora, keep, dtype, item, _persona(character))
+    src, dst = _exactly(paths, "--lora-export RUN DST" if lora_export else "SRC DST")
+    if lora_export:
+        folder = character_folder(src, character)
+        lora_lib.export(src, dst, item=item, dtype=_dtype(dtype), character=_persona(folder))
+        console.print(f"wrote {dst}: the adapters of {src}, as PEFT reads them")
+        return None
+    if runs.is_run(src):
+        src = runs.resolve(src)
+        item = item or runs.weights_item(src)
+    made = convert_lib.plan(src, dst, dtype=dtype, base=base, item=item, adapters=merge)
     console.print(accounting(made))
     if made.tokenizer_from is None:
         console.print("[yellow]no tokenizer files were found beside the weights: none are written")
     if dry_run:
         console.print("dry run: nothing was written")
-        return
+        return None
     started = time.perf_counter()
     columns = (
         "[progress.description]{task.description}",
@@ -71,6 +104,78 @@ def convert(
     used = "" if memory.peak is None else f", peak memory {memory.peak / _GIB:.2f} GiB"
     checked = ", every array compared" if verify else ""
     console.print(f"wrote {dst} in {time.perf_counter() - started:.0f} s{used}{checked}")
+    return None
+
+
+def _exactly(paths: tuple[Path, ...], usage: str) -> tuple[Path, ...]:
+    wanted = [word for word in usage.split() if word.isupper() and word != "RANK"]
+    if len(paths) != len(wanted):
+        raise UserError(
+            f"expected {len(wanted)} paths, got {len(paths)}. Usage: unichar convert [OPTIONS] {usage}"
+        )
+    return paths
+
+
+def _dtype(name: str | None) -> np.dtype | None:
+    return None if name is None else convert_lib.DTYPES[name]
+
+
+def _persona(folder: Path | None) -> dict[str, str] | None:
+    """What ``character.json`` says of a character folder."""
+    if folder is None:
+        return None
+    from unichar_jax.data.rolescape import read_character
+
+    who = read_character(folder)
+    return {"name": who.name, "description": who.description, "opening": who.opening}
+
+
+def _difference(
+    console: Console,
+    finetune: Path,
+    base: Path,
+    dst: Path,
+    rank: int,
+    keep: low_rank.Keep,
+    dtype: str | None,
+    item: str | None,
+    character: dict[str, str] | None,
+) -> None:
+    started = time.perf_counter()
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with PeakMemory() as memory, Progress(*columns, console=console) as progress:
+        task = progress.add_task("comparing", total=None)
+        report = low_rank.difference(
+            finetune,
+            base,
+            dst,
+            rank,
+            keep=keep,
+            dtype=_dtype(dtype or "bfloat16"),
+            item=item,
+            character=character,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    table = Table(title=f"what {finetune} changed of {base}")
+    table.add_column("array", overflow="fold")
+    table.add_column("kept")
+    table.add_column("change / base", justify="right")
+    table.add_column("lost / change", justify="right")
+    for row in report.rows:
+        relative = f"{row.change / row.base:.3g}" if row.base else "base is 0"
+        table.add_row(row.name, row.kept, relative, f"{row.relative_loss:.3g}")
+    console.print(table)
+    left_out = sum(row.kept == "left out" for row in report.rows)
+    hint = f"; {left_out} arrays are left out (--keep all keeps them whole)" if left_out else ""
+    console.print(f"in all, {report.relative_loss:.3g} of the change is lost (Frobenius norm){hint}")
+    size = sum(f.stat().st_size for f in dst.iterdir()) / 2**20
+    used = "" if memory.peak is None else f", peak memory {memory.peak / _GIB:.2f} GiB"
+    console.print(f"wrote {dst} ({size:.1f} MiB) in {time.perf_counter() - started:.0f} s{used}")
 
 
 def accounting(made: convert_lib.Plan) -> Table:

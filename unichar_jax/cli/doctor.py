@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.table import Table
+
+from unichar_jax.errors import UserError
+from unichar_jax.parallel import distributed
+from unichar_jax.parallel.distributed import HostsConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,26 @@ def versions() -> Iterator[Finding]:
             continue
         fits = requirement.specifier.contains(have, prereleases=True)
         yield Finding(requirement.name, have, None if fits else f"pip install '{text}'")
+
+
+def look_at_hosts(cfg: HostsConfig) -> Iterator[Finding]:
+    """The other hosts: whether all are here with the same versions, and reach each other's devices."""
+    began = time.monotonic()
+    try:
+        place = distributed.start(cfg, say=lambda text: print(text, file=sys.stderr, flush=True))
+    except UserError as error:
+        yield Finding("hosts", str(error), "mend that on the hosts it names, and start again on all of them")
+        return
+    if place.count == 1:
+        yield Finding("hosts", f"this one ({place.found})")
+        return
+    met = time.monotonic()
+    distributed.barrier("doctor")
+    yield Finding(
+        "hosts",
+        f"{place.count} by {place.found}, same versions and source; met within {met - began:.1f} s, first"
+        f" collective {time.monotonic() - met:.1f} s",
+    )
 
 
 def devices() -> Iterator[Finding]:
@@ -115,13 +141,22 @@ def experiment(config: str) -> Iterator[Finding]:
     )
 
 
-def doctor(config: Annotated[str | None, tyro.conf.Positional] = None) -> int:
+def doctor(
+    config: Annotated[str | None, tyro.conf.Positional] = None,
+    *,
+    hosts: HostsConfig = HostsConfig(),
+) -> int:
     """Says what would go wrong on this machine, and the fix; exit code 1 if anything would.
+
+    Started on all hosts of a pod (``srun unichar doctor``), it looks at how they reach each other too.
 
     Args:
       config: also look at this experiment and its data.
+      hosts: how to find the other hosts.
     """
-    findings = [*versions(), *devices(), *host(Path(".")), *shipped()]
+    findings = [*look_at_hosts(hosts), *versions(), *devices(), *host(Path(".")), *shipped()]
+    if not distributed.is_leader():
+        return 0  # one table is enough
     if config is not None:
         findings += experiment(config)
     table = Table("", "found", "fix", box=None, header_style="dim")

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import tyro
 
 from unichar_jax.cli.main import parses_itself
 from unichar_jax.cli.train import use_compilation_cache
 
+if TYPE_CHECKING:
+    from unichar_jax.evaluation.suite import Progress
 
-@parses_itself
-def evaluate(args: list[str]) -> int:
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str], Progress]]:
+    """Bars of evaluations: a line for each model in a terminal; in a log, as they stand at the end."""
     from rich.console import Console
     from rich.progress import Progress as Bars
 
-    from unichar_jax.app.evaluate import Evaluation, run_evaluation
-    from unichar_jax.evaluation import tables
-    from unichar_jax.evaluation.suite import Progress
-
-    cfg = tyro.cli(Evaluation, args=args, prog="unichar evaluate")
-    use_compilation_cache()
-    console = Console()
-    # A line for each model in a terminal; in a log, the bars as they stand at the end.
     with Bars(console=Console(stderr=True)) as bars:
 
         def progress(label: str) -> Progress:
@@ -31,6 +31,20 @@ def evaluate(args: list[str]) -> int:
 
             return tell
 
+        yield progress
+
+
+@parses_itself
+def evaluate(args: list[str]) -> int:
+    from rich.console import Console
+
+    from unichar_jax.app.evaluate import Evaluation, run_evaluation
+    from unichar_jax.evaluation import tables
+
+    cfg = tyro.cli(Evaluation, args=args, prog="unichar evaluate")
+    use_compilation_cache()
+    console = Console()
+    with progress_bars() as progress:
         found = run_evaluation(cfg, progress)
     if not found.results:
         console.print(

@@ -26,7 +26,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "tensors, shapes, dtypes and parameter counts of a model",
     ),
     "diff": ("unichar_jax.cli.convert", "diff", "which tensors of two models differ, and by how much"),
-    "data": ("unichar_jax.cli.data", "main", "check | new | build: character folders and the TFDS dataset"),
+    "data": (
+        "unichar_jax.cli.data",
+        "main",
+        "check | new | annotate | build: character folders and the TFDS dataset",
+    ),
     "sft": ("unichar_jax.cli.train", "sft", "stage 1, Unified-SFT: unichar sft CONFIG [--field value ...]"),
     "grpo": (
         "unichar_jax.cli.train",
@@ -36,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "chat": ("unichar_jax.cli.talk", "chat", "role-play with picture replies"),
     "draw": ("unichar_jax.cli.talk", "draw", "text to image, a contact sheet"),
     "ask": ("unichar_jax.cli.talk", "ask", "a question, about a picture or about the character"),
+    "serve": ("unichar_jax.cli.serve", "serve", "meet the characters of finished runs in a browser"),
     "evaluate": ("unichar_jax.cli.evaluate", "evaluate", "RoleScape-20 metrics: a table and a picture sheet"),
     "plan": ("unichar_jax.cli.plan", "plan", "compile for a pod without the pod: memory, FLOPs, collectives"),
     "doctor": ("unichar_jax.cli.doctor", "doctor", "what would go wrong on this machine, and the fix"),

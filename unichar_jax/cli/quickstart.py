@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tyro
 
+from unichar_jax.cli.evaluate import progress_bars
 from unichar_jax.cli.main import parses_itself
 from unichar_jax.cli.train import use_compilation_cache
 
@@ -14,5 +15,6 @@ def main(args: list[str]) -> int:
 
     cfg = tyro.cli(Quickstart, args=args, prog="unichar quickstart")
     use_compilation_cache()
-    run(cfg)
+    with progress_bars() as progress:
+        run(cfg, progress)
     return 0

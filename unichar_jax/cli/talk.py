@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,37 +17,27 @@ from unichar_jax.errors import UserError
 
 if TYPE_CHECKING:
     from unichar_jax.sampling.engine import Engine
+    from unichar_jax.sampling.session import Persona, RolePlay
 
 Model = Annotated[Path, tyro.conf.Positional]
 
 
-def load_engine(path: Path, dtype: str = "float32") -> Engine:
+def load_engine(path: Path, dtype: str = "float32", loras: Mapping[str, Path] | None = None) -> Engine:
     """As ``app.engines.load_engine``, with compiled programs kept between starts."""
     use_compilation_cache()
-    return engines.load_engine(path, dtype)
-
-
-def character_folder(run: Path, character: Path | None) -> Path | None:
-    """The character a run was trained on, unless the caller names a folder; None if neither is known."""
-    if character is not None:
-        return character
-    root, names = engines.training_data(run)
-    if root is None:
-        return None
-    from unichar_jax.data.rolescape import find_characters
-
-    wanted = [f for f in find_characters(root, "train") if not names or f.name in names]
-    return wanted[0] if wanted else None
+    return engines.load_engine(path, dtype, loras)
 
 
 def chat(
     run: Model,
     /,
+    lora: tuple[Path, ...] = (),
     character: Path | None = None,
     description: str | None = None,
     opening: str | None = None,
     pictures: bool = True,
     thinking: bool = False,
+    max_tokens: int = 300,
     temperature: float = 0.7,
     steps: int = 30,
     guidance: float = 4.0,
@@ -54,41 +46,41 @@ def chat(
 ) -> int:
     """Talks with the character; each reply is followed by its picture. An empty line or Ctrl-D ends.
 
+    With several --lora folders, "/play NAME" goes on with another character; the base is loaded once.
+
     Args:
       run: a finished run, or a model directory.
-      character: its folder; by default the one of the run.
+      lora: folders of adapters to put around that model, one for each character (or NAME=FOLDER).
+      character: its folder; by default the one of the run, or of the adapters.
       description: persona, in place of the folder's.
       opening: first words, in place of the folder's.
       pictures: draw every reply.
       thinking: let the character plan each picture in words first.
+      max_tokens: of a reply.
       temperature: of the replies; 0 is greedy.
       steps: of drawing.
       guidance: strength of the text when drawing.
       seed: of the conversation.
-      out: folder of the transcript and its pictures; by default transcript/ in the run.
+      out: folder of the transcript and its pictures; by default transcript/ in the run, or beside the
+        adapters.
     """
-    from unichar_jax.sampling.session import Persona, RolePlay
+    from unichar_jax.sampling.roster import BASE
+    from unichar_jax.sampling.session import RolePlay
     from unichar_jax.sampling.text import TextSettings
 
     console = Console()
-    folder = character_folder(run, character)
-    if folder is None and description is None:
+    loras = engines.lora_names(lora)
+    if len(loras) > 1 and (character or description or opening or out):
         raise UserError(
-            f"{run}: no character is known; name one with --character FOLDER, or say who it is with --description."
+            "--character, --description, --opening and --out are for one character; leave them out."
         )
-    persona = (
-        Persona("the character", description or "", opening or "")
-        if folder is None
-        else Persona.from_folder(folder, description=description, opening=opening)
-    )
-    out = out or run / "transcript"
+    personas, folders = _who_and_where(run, loras, character, description, opening, out)
     with console.status("loading the model ..."):
-        engine = load_engine(run)
+        engine = load_engine(run, loras=loras)
     with engine:
-        play = RolePlay(engine, persona)
-        console.print(f"[bold]{persona.name}[/bold]  [dim](an empty line ends)[/dim]")
-        if persona.opening:
-            console.print(f"[green]{persona.name}:[/green] {persona.opening}")
+        plays = {name: RolePlay(engine, who, model=name if loras else BASE) for name, who in personas.items()}
+        name = next(iter(plays))
+        _introduce(console, plays, name)
         while True:
             try:
                 said = console.input("[cyan]you:[/cyan] ").strip()
@@ -96,18 +88,63 @@ def chat(
                 said = ""
             if not said:
                 break
-            console.print(f"[green]{persona.name}:[/green] ", end="")
-            settings = TextSettings(max_tokens=300, temperature=temperature, seed=seed)
+            if said.startswith("/play"):
+                wanted = said.removeprefix("/play").strip()
+                if wanted in plays:
+                    name = wanted
+                    _introduce(console, plays, name)
+                else:
+                    console.print(f"'{wanted}' is not here; /play one of {', '.join(plays)}", markup=False)
+                continue
+            play, folder = plays[name], folders[name]
+            console.print(f"[green]{play.persona.name}:[/green] ", end="")
+            settings = TextSettings(max_tokens=max_tokens, temperature=temperature, seed=seed)
             play.reply(said, settings, on_text=lambda piece: console.print(piece, end="", markup=False))
             console.print()
             if pictures:
                 with console.status("drawing ..."):
                     play.picture(flow_settings(steps, guidance, run), thinking=thinking)
-                play.save(out)
-                console.print(f"[dim]picture: {out / f'turn-{len(play.turns):03d}.png'}[/dim]")
-        if play.turns:
-            console.print(f"transcript: {play.save(out)}")
+                play.save(folder)
+                console.print(f"[dim]picture: {folder / f'turn-{len(play.turns):03d}.png'}[/dim]")
+        for name, play in plays.items():
+            if play.turns:
+                console.print(f"transcript: {play.save(folders[name])}")
     return 0
+
+
+def _who_and_where(
+    run: Path,
+    loras: Mapping[str, Path],
+    character: Path | None,
+    description: str | None,
+    opening: str | None,
+    out: Path | None,
+) -> tuple[dict[str, Persona], dict[str, Path]]:
+    """Persona and transcript folder of every character, by name; without adapters of the run's alone."""
+    if loras:
+        found = {n: engines.lora_persona(f, character, description, opening) for n, f in loras.items()}
+        folders = {
+            n: out or f.absolute().with_name(f"{f.absolute().name}-transcript") for n, f in loras.items()
+        }
+    else:
+        found = {run.name: engines.run_persona(run, character, description, opening)}
+        folders = {run.name: out or run / "transcript"}
+    for name, persona in found.items():
+        if persona is None:
+            raise UserError(
+                f"{loras.get(name, run)}: no character is known; name one with --character FOLDER, or say who it"
+                " is with --description."
+            )
+    return {n: p for n, p in found.items() if p is not None}, folders
+
+
+def _introduce(console: Console, plays: Mapping[str, RolePlay], name: str) -> None:
+    who = plays[name].persona
+    others = [n for n in plays if n != name]
+    change = f"; /play {' or '.join(others)} for another character" if others else ""
+    console.print(f"[bold]{who.name}[/bold]  [dim](an empty line ends{change})[/dim]")
+    if who.opening and not plays[name].turns:
+        console.print(f"[green]{who.name}:[/green] {who.opening}")
 
 
 def draw(
@@ -119,6 +156,7 @@ def draw(
     guidance: float = 4.0,
     size: tuple[int, int] | None = None,
     seed: int = 0,
+    lora: Path | None = None,
     out: Path | None = None,
 ) -> int:
     """Draws a prompt several times and writes a contact sheet.
@@ -131,6 +169,7 @@ def draw(
       guidance: strength of the text.
       size: height and width in pixels; by default that of training.
       seed: of the first picture.
+      lora: a folder of adapters to put around the model.
       out: the PNG to write; by default drawing.png in the run.
     """
     import math
@@ -138,16 +177,17 @@ def draw(
     import numpy as np
     from PIL import Image
 
-    with load_engine(run) as engine:
-        drawn = engine.generate_images(
-            [prompt], n, flow_settings(steps, guidance, run), size=size, seed=seed
-        )[0]
+    settings = flow_settings(steps, guidance, run)
+    with _one(run, lora) as (engine, name):
+        drawn = engine.generate_images([prompt], n, settings, size=size, seed=seed, model=name)[0]
     columns = min(n, max(1, math.ceil(math.sqrt(n))) if n > 4 else n)
     width, height = drawn[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(n / columns) * height), "white")
     for i, picture in enumerate(drawn):
         sheet.paste(Image.fromarray(np.asarray(picture)), (i % columns * width, i // columns * height))
     out = out or run / "drawing.png"
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {out}: expected a picture's name, such as {out / 'drawing.png'}.")
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out)
     print(f"{n} pictures of seeds {seed} to {seed + n - 1}: {out}")
@@ -162,6 +202,7 @@ def ask(
     max_tokens: int = 200,
     temperature: float = 0.0,
     seed: int = 0,
+    lora: Path | None = None,
 ) -> int:
     """Asks a question about a picture, or about what the character knows.
 
@@ -172,9 +213,18 @@ def ask(
       max_tokens: of the answer.
       temperature: 0 is greedy.
       seed: of the answer.
+      lora: a folder of adapters to put around the model.
     """
     from unichar_jax.sampling.text import TextSettings
 
-    with load_engine(run) as engine:
-        print(engine.answer(image, question, TextSettings(max_tokens, temperature, seed=seed)))
+    with _one(run, lora) as (engine, name):
+        print(engine.answer(image, question, TextSettings(max_tokens, temperature, seed=seed), model=name))
     return 0
+
+
+@contextlib.contextmanager
+def _one(run: Path, lora: Path | None) -> Iterator[tuple[Engine, str]]:
+    """An engine, and the name of who answers: the model itself, or the one character around it."""
+    loras = engines.lora_names([] if lora is None else [lora])
+    with load_engine(run, loras=loras) as engine:
+        yield engine, next(iter(loras), "base")

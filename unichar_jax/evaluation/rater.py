@@ -2,68 +2,30 @@
 
 The rubric is text in this package (``rubrics/``); the answer must end in ``Score: n``. Marks are kept in a
 file by everything they depend on, so none is paid for twice and an interrupted run goes on. Without an
-endpoint there are no judged metrics, and results say so. This is the only place of the package that talks
-to a service, and it sends the character's profile, the question and the reply, nothing else.
+endpoint there are no judged metrics, and results say so. What is sent is the character's profile, the
+question and the reply, nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import string
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
-from unichar_jax.errors import UserError
+from unichar_jax.evaluation.endpoint import Endpoint, chat, persist
 
 LOWEST, HIGHEST = 1, 7
 RUBRICS = ("memorization", "personality")
 
 _SCORE = re.compile(r"score\W*\s*(\d+)\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI-compatible chat endpoint.
-
-    Attributes:
-      url: base address, e.g. ``http://localhost:8000/v1``; ``/chat/completions`` is added.
-      model: name of the model there.
-      key_variable: environment variable that holds the key, if one is needed.
-      workers: requests at a time.
-      timeout: seconds for one request.
-      attempts: tries before giving up on a request.
-    """
-
-    url: str
-    model: str
-    key_variable: str = "UNICHAR_JUDGE_KEY"
-    workers: int = 4
-    timeout: float = 60.0
-    attempts: int = 4
-
-    def __post_init__(self) -> None:
-        if urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
-            raise UserError(
-                f"judge: '{self.url}': expected an address that begins with http:// or https://, such as"
-                " http://localhost:8000/v1."
-            )
-        if not self.model:
-            raise UserError("judge: the endpoint needs a model's name; give --judge-model NAME.")
-        for name in ("workers", "timeout", "attempts"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"judge.{name}: expected a positive number, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -134,24 +96,8 @@ class Rater:
         return self._known[key]
 
     def _persist(self, prompt: str) -> str:
-        """Asks until there is an answer; a busy or failing service gets time."""
-        reason = ""
-        for attempt in range(self.endpoint.attempts):
-            try:
-                return self._ask(self.endpoint, prompt)
-            except urllib.error.HTTPError as error:
-                reason, wait = f"HTTP {error.code} {error.reason}", error.code == 429 or error.code >= 500
-            except (OSError, ValueError) as error:
-                reason, wait = f"{type(error).__name__}: {error}", True
-            if not wait:
-                break
-            if attempt + 1 < self.endpoint.attempts:
-                self._sleep(2.0**attempt)
-        raise UserError(
-            f"judge {self.endpoint.model} at {self.endpoint.url}: {reason}. Check the address, the model's"
-            f" name and the key in ${self.endpoint.key_variable}. Marks given so far are kept in"
-            f" {self._memory}, and the same command goes on."
-        )
+        kept = f"Marks given so far are kept in {self._memory}, and the same command goes on."
+        return persist(self.endpoint, lambda: self._ask(self.endpoint, prompt), kept, self._sleep)
 
     def _remember(self, key: str, score: int | None, answer: str) -> None:
         line = json.dumps({"key": key, "score": score, "answer": answer}, ensure_ascii=False)
@@ -167,24 +113,3 @@ def parse_score(answer: str) -> int | None:
     found = _SCORE.findall(answer)
     score = int(found[-1]) if found else None
     return score if score is not None and LOWEST <= score <= HIGHEST else None
-
-
-def chat(endpoint: Endpoint, prompt: str) -> str:
-    """One request to the endpoint, without sampling; returns the answer's text."""
-    body: dict[str, Any] = {
-        "model": endpoint.model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-    }
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(endpoint.key_variable):
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(
-        endpoint.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
-    )
-    with urllib.request.urlopen(request, timeout=endpoint.timeout) as response:
-        answer = json.loads(response.read())
-    try:
-        return str(answer["choices"][0]["message"]["content"])
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(f"not a chat completion: {str(answer)[:200]}") from None

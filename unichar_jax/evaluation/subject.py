@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from unichar_jax.evaluation.likelihood import answer_log_probs
-from unichar_jax.sampling.batching import Job
+from unichar_jax.sampling.batching import Job, gather
 from unichar_jax.sampling.context import Part
 from unichar_jax.sampling.engine import EDITING, Engine
 from unichar_jax.sampling.flow import FlowSettings
@@ -109,16 +109,7 @@ class EngineSubject:
         return answer_log_probs(self.engine, contexts, answers, model=self.model)
 
     def _all(self, jobs: Iterable[Job]) -> list[Any]:
-        """Results in order; if one fails or the caller is interrupted, the others are cancelled."""
-        submitted: list[Job] = []
-        try:
-            with self.engine.together():
-                submitted.extend(jobs)
-            return [job.result() for job in submitted]
-        except BaseException:
-            for job in submitted:
-                job.cancel()
-            raise
+        return gather(jobs, self.engine.together())
 
     def _parts(self, prompt: Prompt) -> list[Part]:
         seen: list[Part] = [] if prompt.image is None else [self.engine.parts.look(prompt.image)]

@@ -1,0 +1,225 @@
+"""The ablation study of the mini world: its variants, its settings, and the order of its jobs.
+
+A *job* is one variant of one character with one training seed. Jobs come in the order of what they tell: whoever
+stops early has the claims that matter most. ``study_work`` does them, ``study_summary`` keeps their numbers,
+``study_claims`` judges and ``study_report`` tells. Nothing here trains or asks a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+from unichar_jax.config import presets
+from unichar_jax.data.miniworld.cast import CAST, member
+from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.evaluation.items import Context
+
+ALL_PICTURES = 10
+"""Training pictures of every variant that does not say otherwise."""
+
+TASKS = ("knowledge_mcq", "unseen_image_mcq", "vqa", "reply_likelihood", "dialogue", "t2i", "t2t2i")
+"""What every job measures: each ability once."""
+
+STAGE2 = "stage2"
+"""The task of Character-GRPO's own held-out prompts, drawn while it trains."""
+
+REWARDS = ("reward", "published_reward")
+"""Metrics of ``STAGE2``: by the run's own weights, and by those of the published recipe (one scale for all)."""
+
+
+# -- variants -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to have a character.
+
+    Attributes:
+      name: in commands, folders and tables.
+      title: for readers.
+      group: jobs of a lower number come first, for all characters and seeds.
+      sft: Unified-SFT with these fields changed (dotted names); None if there is none of its own.
+      grpo: which recipe of stage 2 follows: the field of ``Study`` that names it; empty for none.
+      without: term of the reward that gets weight 0.
+      start: variant whose run stage 2 starts from.
+      context: what prompts tell of the character.
+      pictures: how many there are to train on.
+      pipe: variants that write and draw.
+      held_out: the held-out replies and pictures themselves, which need no model.
+    """
+
+    name: str
+    title: str
+    group: int
+    sft: Mapping[str, Any] | None = None
+    grpo: str = ""
+    without: str = ""
+    start: str = "sft"
+    context: Context = "name"
+    pictures: int = ALL_PICTURES
+    pipe: tuple[str, str] | None = None
+    held_out: bool = False
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a training seed changes anything."""
+        return self.sft is not None or bool(self.grpo or self.pipe)
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Variants whose training runs this one needs."""
+        if self.pipe:
+            return self.pipe
+        return (self.start, self.name) if self.grpo else () if self.sft is None else (self.name,)
+
+
+_SPEAKING = {"vlm_extension": 0.5, "knowledge_qa": 0.25, "vlm_thinking": 0.15, "vlm": 0.1}
+_WORDS = {"data.tasks": {"vqa": 0.5} | _SPEAKING}
+_DRAWINGS = {
+    "data.tasks": dict.fromkeys(
+        ("t2i", "t2i_with_thinking", "pure_t2i", "t2i_generation_instruction_only"), 1.0
+    )
+}
+# Adapters take larger steps than whole matrices.
+_LORA = {"trainable": "lora", "lora.rank": 16, "lora.alpha": 32.0, "optimizer.learning_rate": 1e-3}
+
+_ALL = (
+    Variant("originals", "held-out originals", 0, held_out=True),
+    Variant("base", "base, name only", 0),
+    Variant("profile", "base, told the profile", 0, context="profile"),
+    Variant("profile_picture", "base, told the profile and shown a picture", 0, context="profile+picture"),
+    Variant("sft", "Unified-SFT", 1, sft={}),
+    Variant("text_only", "SFT on words only", 2, sft=_WORDS),
+    Variant("image_only", "SFT on drawings only", 2, sft=_DRAWINGS),
+    Variant("piped", "the two specialists piped", 2, pipe=("text_only", "image_only")),
+    Variant("grpo", "+ Character-GRPO (nft)", 3, grpo="grpo"),
+    Variant("flow_grpo", "+ Character-GRPO (published recipe)", 4, grpo="published"),
+    Variant("lora", "Unified-SFT, adapters only", 5, sft=_LORA),
+    Variant("pictures_1", "Unified-SFT from 1 picture", 6, sft={}, pictures=1),
+    Variant("pictures_3", "Unified-SFT from 3 pictures", 6, sft={}, pictures=3),
+    Variant("pictures_5", "Unified-SFT from 5 pictures", 6, sft={}, pictures=5),
+    *(
+        Variant(
+            f"no_{term}", f"+ Character-GRPO without {term.replace('_', ' ')}", 7, grpo="grpo", without=term
+        )
+        for term in ("visual_questions", "text_image_match", "identity_band", "diversity")
+    ),
+)
+VARIANTS: Mapping[str, Variant] = {v.name: v for v in _ALL}
+"""By name, in the order of tables."""
+
+
+# -- settings and jobs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    """Trains and measures every variant of every character with every seed, and goes on where it was.
+
+    Attributes:
+      out: folder of everything that is made.
+      characters: of the mini world's cast; by default the eight for experiments.
+      seeds: of training.
+      variants: by default all.
+      minutes: stop after the job under way when they are over.
+      base: a model directory, or the name of one that ships.
+      sft, grpo, published: configurations of stage 1, of our stage 2 and of the published one.
+      encoders: folder of the scorers and the judge, or the name of one that ships; empty measures without.
+      steps, rounds: of the two stages; by default what the configurations say.
+      tasks: what is measured.
+      repetitions: pictures of every held-out prompt, and replies to every held-out line.
+      test_pictures: held-out pictures of a character.
+      draw_steps, guidance, max_tokens, temperature: of pictures and replies.
+    """
+
+    out: Path = Path("runs/study")
+    characters: tuple[str, ...] = tuple(name for name, m in CAST.items() if m.role == "experiment")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    minutes: float | None = None
+    base: str = "mini"
+    sft: str = "sft-mini"
+    grpo: str = "grpo-mini"
+    published: str = "grpo-mini-reference"
+    encoders: str = "mini"
+    steps: int | None = None
+    rounds: int | None = None
+    tasks: tuple[str, ...] = TASKS
+    repetitions: int = 2
+    test_pictures: int = 6
+    draw_steps: int = 30
+    guidance: float = 4.0
+    max_tokens: int = 96
+    temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name in self.variants:
+            if name not in VARIANTS:
+                raise UserError(
+                    f"variant '{name}' is unknown{did_you_mean(name, VARIANTS)}; expected some of"
+                    f" {', '.join(VARIANTS)}."
+                )
+        for name in self.characters:
+            member(name)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides numbers: it must be the same for all that is in ``out``."""
+        plan = ("out", "characters", "seeds", "variants", "minutes")
+        decided = {k: v for k, v in dataclasses.asdict(self).items() if k not in plan}
+        weights = shipped(self.base) / "ema.safetensors"
+        if weights.is_file():
+            with weights.open("rb") as file:
+                decided["base_sha256"] = file_digest(file, "sha256").hexdigest()
+        return json.loads(json.dumps(decided))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant of one character; ``seed`` is None where nothing is trained."""
+
+    variant: Variant
+    character: str
+    seed: int | None
+
+    @property
+    def place(self) -> str:
+        """Its folder below ``jobs/``."""
+        return place(self.variant.name, self.character, self.seed)
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Folders of the training runs it needs."""
+        return tuple(place(name, self.character, self.seed) for name in self.variant.runs)
+
+
+def place(variant: str, character: str, seed: int | None) -> str:
+    return f"{variant}/{character}/{'untrained' if seed is None else f'seed-{seed}'}"
+
+
+def jobs(variants: Sequence[str], characters: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Everything, in the order in which it is done."""
+    chosen = [v for v in VARIANTS.values() if v.name in variants]
+    found: list[Job] = []
+    for group in sorted({v.group for v in chosen}):
+        for turn, seed in enumerate(seeds):
+            for character in characters:
+                for variant in (v for v in chosen if v.group == group):
+                    if variant.seeded:
+                        found.append(Job(variant, character, seed))
+                    elif turn == 0:
+                        found.append(Job(variant, character, None))
+    return found
+
+
+def shipped(name: str) -> Path:
+    """A folder as given, or one that ships under ``checkpoints/``."""
+    found = next((p for p in (Path(name), presets.resource_dir("checkpoints") / name) if p.is_dir()), None)
+    if found is None:
+        raise UserError(f"'{name}': not a directory, and nothing of that name ships; give a folder.")
+    return found
