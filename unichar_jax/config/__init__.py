@@ -1,0 +1,1 @@
+"""Frozen dataclasses of experiments and models, and the files of ``configs/``."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from unichar_jax.config.train import LoraConfig, OptimizerConfig, SaveConfig, require
+from unichar_jax.config.train import LoraConfig, OptimizerConfig, RunOptions, SaveConfig, require
 from unichar_jax.models.decoder import Compute
 from unichar_jax.parallel.mesh import MeshConfig
 
@@ -194,6 +194,7 @@ class GRPOConfig:
       reward_timeout: seconds that scoring a batch may take before the run stops.
       seed: of everything random.
       log_every, pictures_every: rounds between log lines and between sheets of best and worst pictures.
+      run: how the run is watched; ``run.profile`` counts rounds.
     """
 
     base: str = "mini"
@@ -227,6 +228,7 @@ class GRPOConfig:
     seed: int = 42
     log_every: int = 1
     pictures_every: int = 5
+    run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         for name in ("rounds", "prompts_per_round", "updates"):

@@ -102,5 +102,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def folder_or_shipped(name: str | Path) -> Path:
+    """A model's folder as given, or the one of that name that ships (which may not exist)."""
+    given = Path(name)
+    return given if given.is_dir() else resource_dir("checkpoints") / given
+
+
 def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

@@ -30,7 +30,9 @@ class OptimizerConfig:
         rates carry over, arXiv 2502.16982) for the layers' kernels and AdamW for everything else.
       learning_rate: peak.
       warmup_steps: linear warm-up; 0 starts at the peak.
-      schedule: "constant", or "cosine" down to ``min_learning_rate`` at the last step.
+      schedule: "constant"; "cosine" down to ``min_learning_rate`` at the last step; or "trapezoid", constant
+        and then linear down to ``min_learning_rate`` over the last ``decay_steps`` (arXiv 2404.06395): a run
+        can be continued from before the decay, or ended early, without having planned its length.
       beta1, beta2, eps, weight_decay: of AdamW.
       max_grad_norm: global L2 norm that gradients are clipped to; 0 switches clipping off.
       first_moment_dtype: "float32", or "bfloat16" to save memory.
@@ -41,7 +43,8 @@ class OptimizerConfig:
     learning_rate: float = 2e-5
     min_learning_rate: float = 1e-7
     warmup_steps: int = 0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
+    decay_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-15
@@ -58,6 +61,11 @@ class OptimizerConfig:
         require(
             self.learning_rate > 0,
             f"optimizer.learning_rate: expected a positive number, got {self.learning_rate}.",
+        )
+        require(
+            (self.decay_steps > 0) == (self.schedule == "trapezoid"),
+            f"optimizer.decay_steps: expected a positive number with schedule trapezoid and 0 with any other, got"
+            f" {self.decay_steps} with {self.schedule}.",
         )
 
 
@@ -99,6 +107,31 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """How a run is watched; nothing here changes what it computes.
+
+    Attributes:
+      writers: told what ``metrics.jsonl`` is told: "tensorboard", "wandb" (extras of the same names).
+      profile: first and last step that JAX's profiler traces, into ``profile/`` of the run.
+      dump_hlo: write the compiler's input and output for the large programs into ``hlo/`` of the run.
+      compilation_cache: folder where compiled programs are kept between starts, shared by hosts if they share
+        it; "auto" is the user's cache folder, empty keeps none.
+    """
+
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    profile: tuple[int, ...] | None = None
+    dump_hlo: bool = False
+    compilation_cache: str = "auto"
+
+    def __post_init__(self) -> None:
+        window = self.profile
+        require(
+            window is None or (len(window) == 2 and 0 < window[0] <= window[1]),
+            f"run.profile: expected the first and the last step, such as [10, 12], got {window}.",
+        )
+
+
+@dataclass(frozen=True)
 class SFTConfig:
     """Stage 1, Unified-SFT (UniCharacter, arXiv 2605.08129, section on Unified-SFT).
 
@@ -114,7 +147,10 @@ class SFTConfig:
       ce_weight, mse_weight: weights of the two loss terms.
       timestep_shift: shift of the training times; 1 is none.
       seed: of everything random in training.
-      log_every, sample_every: steps between log lines, and between sample pictures (0: never).
+      log_every: steps between log lines.
+      sample_every: steps between sheets of sample pictures in ``pictures/`` (0: never).
+      validate_every: steps between measurements of the loss on held-out dialogue (0: never).
+      run: how the run is watched.
     """
 
     base: str = "mini"
@@ -135,10 +171,15 @@ class SFTConfig:
     seed: int = 4396
     log_every: int = 10
     sample_every: int = 0
+    validate_every: int = 0
+    run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"steps: expected a positive number, got {self.steps}.")
         require(self.accumulate > 0, f"accumulate: expected a positive number, got {self.accumulate}.")
+        for name in ("log_every", "sample_every", "validate_every"):
+            value, least = getattr(self, name), int(name == "log_every")
+            require(value >= least, f"{name}: expected at least {least}, got {value}.")
         require(
             (self.trainable == "lora") == (self.lora.rank > 0),
             f"trainable is '{self.trainable}' and lora.rank is {self.lora.rank}: adapters need"

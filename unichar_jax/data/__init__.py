@@ -1,0 +1,1 @@
+"""From character folders to packed batches: reading, checks, templates, images, packing, loading."""

@@ -302,8 +302,7 @@ def derive_capacities(
             text = max(text // unit * unit, words, align(low - vit - latent, unit))
             if text + vit + latent <= high:
                 draws = min(draws, int((trial.volume[1:, 0] <= text * trial.rows).sum()))
-                tokens = trial.volume[draws].sum() / trial.rows
-                candidates[Sizes(text, vit, latent)] = tokens / (text + vit + latent)
+                candidates[Sizes(text, vit, latent)] = trial.per_row(draws) / (text + vit + latent)
     ranked = sorted(candidates, key=lambda c: (-candidates[c], c))
     best = max((trial.run(c) for c in ranked[:5]), key=lambda c: c.fill)
     for more in (1.04,):  # words rarely spread evenly over rows
@@ -354,26 +353,32 @@ def follow_budgets(
     for members in mixture.groups:
         stream[list(members)] = tokens[list(members)].sum(axis=0).argmax()
     trial = _Trial(mixture, sizes, tokens_per_row, seed, window)
-    left = tokens_per_row
-    for k in (1, 2):
+    near = shares * tokens_per_row
+
+    def options(k: int) -> list[tuple[int, float]]:
+        """Capacities of an image stream, and how many tokens its pictures fill of each."""
+        if not (stream == k).any():
+            return [(capacities[k] if capacities else 0, 0.0)]
+        grid = trial.grid(k)
+        grid = [c for c in grid if abs(c / near[k] - 1) <= _LEEWAY] or grid[:1]
+        return [(c, c * trial.full(k, c)) for c in ([capacities[k]] if capacities else grid)]
+
+    best = (-2.0, near)
+    for vit, looked_at in options(1):
+        for latent, drawn in options(2):
+            left = tokens_per_row - vit - latent
+            text = capacities.text if capacities else min(max(left, 0.9 * near[0]), 1.3 * near[0])
+            total = text + vit + latent
+            used = np.array([0.98 * text, looked_at, drawn])
+            # a total out of bounds only where no other is possible: the largest samples decide then
+            outside = not LOW <= total / tokens_per_row <= HIGH
+            best = max(best, (used.sum() / total - outside, used), key=lambda option: option[0])
+    used = best[1]
+    for k in (1, 2, 0):  # words last: they get what pictures' captions leave
         inside = stream == k
-        if not inside.any():
-            continue
-        if capacities is not None:
-            grid = [capacities[k]]
-        else:
-            near = shares[k] * tokens_per_row
-            grid = [c for c in trial.grid(k) if abs(c / near - 1) <= _LEEWAY] or trial.grid(k)[:1]
-        full = [trial.full(k, c) for c in grid]
-        chosen = int(np.argmax(full))
-        weights[inside] *= full[chosen] * grid[chosen] / tokens[inside, k].sum()
-        left -= grid[chosen]
-    words = stream == 0
-    if words.any():
-        room = (left if capacities is None else capacities.text) * 0.98
-        room -= (weights * means[:, 0])[~words].sum()
-        nominal = shares[0] * tokens_per_row
-        weights[words] *= max(room, 0.1 * nominal) / tokens[words, 0].sum()
+        if inside.any():
+            captions = (weights * means[:, k])[~inside].sum()
+            weights[inside] *= max(used[k] - captions, 0.1 * near[k]) / tokens[inside, k].sum()
     return mixture.with_weights(weights)
 
 
@@ -427,18 +432,21 @@ class _Trial:
         """Capacities of an image stream worth trying, and the draws that fit into the rows then."""
         if not self.largest[stream]:
             return [(0, len(self.sizes))]
+        alone = not self.largest[3 - stream]
         points: list[tuple[int, int]] = []
         for capacity in self.grid(stream):
-            draws = int((self.volume[1:, stream] <= capacity * self.rows).sum())
-            whole = self.volume[draws].sum() / self.rows
-            if points and whole > 1.2 * HIGH * self.tokens:
-                break  # far more than a row
-            if points and whole < 0.7 * LOW * self.tokens and len(self.grid(3 - stream)) > 1:
-                continue
+            bound = int((self.volume[1:, stream] <= capacity * self.rows).sum())
+            if alone and points and self.per_row(bound) < LOW * self.tokens:
+                continue  # too small for a whole row, whatever the packing
             draws = self.draws_in(stream, capacity)
             if not points or draws > points[-1][1]:
                 points.append((capacity, draws))
+            if self.per_row(draws) > HIGH * self.tokens:
+                break
         return points
+
+    def per_row(self, draws: int) -> float:
+        return float(self.volume[draws].sum() / self.rows)
 
 
 def _fit_one(values: np.ndarray, capacity: int, rows: int) -> int:

@@ -71,7 +71,7 @@ def load_tokenizer(folder: str | Path, model: ModelConfig | None = None) -> Toke
     """Reads the tokenizer of a model directory.
 
     Args:
-      folder: holds ``tokenizer.json``, or ``vocab.json``, ``merges.txt`` and
+      folder: holds ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, and usually
         ``tokenizer_config.json``.
       model: if given, its special tokens and vocabulary must be this tokenizer's.
 
@@ -100,6 +100,9 @@ def load_tokenizer(folder: str | Path, model: ModelConfig | None = None) -> Toke
             f"{folder}: the tokenizer lacks the special tokens {', '.join(missing)}; expected those of"
             " BAGEL. Copy tokenizer.json and tokenizer_config.json from the model's download."
         )
+    backend.add_tokens(
+        list(SPECIAL_STRINGS.values()), special_tokens=True
+    )  # a bare vocabulary does not mark them
     special = SpecialTokens(**{name: vocabulary[text] for name, text in SPECIAL_STRINGS.items()})
     tokenizer = Tokenizer(backend, special)
     if model is not None:

@@ -1,0 +1,1 @@
+"""Judges of pictures, the same for rewards and for metrics."""

@@ -6,6 +6,9 @@ test pictures show pose-and-place pairs that no training picture, dialogue or pr
 questions and user lines have phrasings and topics of their own. `<NAME>_attributes.json` holds the
 ground truth, so that a judge can score pictures and answers. Rows that others derive from these
 files (`processed/`) are not written.
+
+Every part draws from a random stream of its own, so its size changes no other part: a character with
+three training pictures has the first three of the ten, and the same tests.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -45,7 +49,8 @@ def plan_scenes(train: int, test: int, prompts: int, seed: int) -> Plan:
     """Chooses scenes so that test pictures have pose-and-place pairs of their own.
 
     Every pose and place occurs in training as soon as there are as many pictures. Prompts begin
-    with the training pairs and go on to pairs that are in neither split.
+    with the training pairs and go on to pairs that are in neither split. More pictures of a part
+    go on from the fewer, and leave the other parts as they are.
 
     Raises:
       UserError: more pairs are asked for than there are.
@@ -57,7 +62,7 @@ def plan_scenes(train: int, test: int, prompts: int, seed: int) -> Plan:
             "miniworld scenes: expected at least one training and one test picture and at most "
             f"{pairs} together, one for each pose and place; got {train} and {test}. Ask for fewer."
         )
-    rng = np.random.default_rng((seed, 7))
+    rng = _stream(seed, "pairs")
     pose_order, place_order = rng.permutation(len(poses)), rng.permutation(len(places))
     period = np.lcm(len(poses), len(places))
     # Walking both orders at once visits every pair, and every value as early as possible.
@@ -67,20 +72,30 @@ def plan_scenes(train: int, test: int, prompts: int, seed: int) -> Plan:
     ]
     allowed = walk[: pairs - test]
     asked = [allowed[i % len(allowed)] for i in range(prompts)]
-    return Plan(_with_moods(walk[:train], rng), _with_moods(walk[-test:], rng), _with_moods(asked, rng))
+    return Plan(
+        train=_with_moods(walk[:train], seed, "train"),
+        test=_with_moods(walk[::-1][:test], seed, "test"),
+        prompts=_with_moods(asked, seed, "prompts"),
+    )
 
 
-def _with_moods(pairs: Sequence[tuple[str, str]], rng: np.random.Generator) -> tuple[Scene, ...]:
+def _stream(seed: int, name: str) -> np.random.Generator:
+    """Random numbers of one part, whatever the others draw."""
+    return np.random.default_rng((seed, zlib.crc32(name.encode())))
+
+
+def _with_moods(pairs: Sequence[tuple[str, str]], seed: int, part: str) -> tuple[Scene, ...]:
     """Scenes from pairs of pose and place, with balanced expressions and times of day."""
 
-    def balanced(options: Sequence[str]) -> list[str]:
-        repeated = [options[i % len(options)] for i in range(len(pairs))]
-        return [repeated[int(i)] for i in rng.permutation(len(pairs))]
+    def balanced(name: str) -> list[str]:
+        options, rng = SCENE_VALUES[name], _stream(seed, f"{part} {name}")
+        rounds = -(-len(pairs) // len(options))
+        return [options[i] for _ in range(rounds) for i in rng.permutation(len(options))][: len(pairs)]
 
-    moods, times = balanced(SCENE_VALUES["expression"]), balanced(SCENE_VALUES["time"])
+    jitter = _stream(seed, f"{part} jitter")
     return tuple(
-        Scene(mood, pose, place, time, int(rng.integers(2**31)))
-        for (pose, place), mood, time in zip(pairs, moods, times, strict=True)
+        Scene(mood, pose, place, time, int(jitter.integers(2**31)))
+        for (pose, place), mood, time in zip(pairs, balanced("expression"), balanced("time"), strict=True)
     )
 
 
@@ -150,8 +165,12 @@ class _Writer:
     def __init__(self, member: Member, folder: Path, size: int, seed: int) -> None:
         self.member, self.folder, self.size = member, folder, size
         self.profile, self.name = member.profile, member.name
-        self.rng = np.random.default_rng((seed, 8))
+        self.seed, self.rng = seed, _stream(seed, "")
         self.base_turns: list[list[dict[str, str]]] = []
+
+    def _begin(self, part: str) -> None:
+        """From here on texts are drawn from the stream of ``part``."""
+        self.rng = _stream(self.seed, f"texts of {part}")
 
     def _json(self, part: str, kind: str, content: dict[str, Any]) -> None:
         head = {"description": self.member.description, "opening": self.member.opening}
@@ -164,6 +183,7 @@ class _Writer:
     def split(self, part: str, scenes: Sequence[Scene]) -> None:
         """Pictures, dialogues, captions, questions and the ground truth of one split."""
         (self.folder / part).mkdir()
+        self._begin(part)
         test = part == "test"
         plain, rich, captions, truth = [], [], [], {}
         for index, scene in enumerate(scenes):
@@ -258,6 +278,7 @@ class _Writer:
 
     def conversations(self, plan: Plan) -> None:
         """Dialogues without pictures, and the open questions on memory and personality."""
+        self._begin("conversations")
         talk = [
             dialogue.talk_exchange(self.profile, self.rng, topic=topic, variant=variant)
             for topic in dialogue.TALK_TOPICS
@@ -269,6 +290,7 @@ class _Writer:
         scenes = [_turns(exchange) for exchange in _distinct(talk + asked)]
         self._json("train", "dialogue_text_extension_train", {"scenes": scenes + self.base_turns})
 
+        self._begin("held-out conversations")
         test = [
             dialogue.talk_exchange(self.profile, self.rng, topic=topic, variant=0, test=True)
             for topic in dialogue.TALK_TOPICS
@@ -293,6 +315,7 @@ class _Writer:
 
     def knowledge(self) -> None:
         """Questions on facts with answers, and a multiple-choice test of ten."""
+        self._begin("knowledge")
         items: list[dict[str, Any]] = []
         for fact in profiles.FACTS:
             answer = profiles.fact_answer(self.profile, fact)
@@ -315,6 +338,7 @@ class _Writer:
                     }
                 )
         self._json("train", "knowledge_qa", {"qa_items": items})
+        self._begin("knowledge test")
         self._json("train", "knowledge_qa_test", {"mcq_items": self._knowledge_choices()})
 
     def _knowledge_choices(self) -> list[dict[str, Any]]:
@@ -361,6 +385,7 @@ class _Writer:
     def prompts(self, plan: Plan) -> None:
         """Prompts to draw, without and with visual questions, and their ground truth."""
         (self.folder / "t2i").mkdir()
+        self._begin("prompts")
         plain: list[dict[str, Any]] = []
         asked, truth, seen = [], {}, set()
         for scene in plan.prompts:
