@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.table import Table
 from unichar_jax.errors import UserError
 from unichar_jax.parallel import distributed
 from unichar_jax.parallel.distributed import HostsConfig
+
+if TYPE_CHECKING:
+    from unichar_jax.config.train import SFTConfig
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,14 @@ def look_at_hosts(cfg: HostsConfig) -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """Devices, the attention kernel they get, and whether they compute."""
+    """Devices, and whether they compute."""
     import jax
     import jax.numpy as jnp
-
-    from unichar_jax.models import kernels
 
     found = jax.devices()
     kinds = sorted({d.device_kind for d in found})
     yield Finding("devices", f"{len(found)} x {', '.join(kinds)} ({jax.default_backend()})")
     yield Finding("processes", f"{jax.process_count()}, this is {jax.process_index()}")
-    name, reason = kernels.choose(jax.default_backend())
-    yield Finding("attention", f"{name}: {reason}")
     x = jnp.ones((128, 128), jnp.bfloat16)
     right = float((x @ x).sum()) == 128.0**3
     yield Finding(
@@ -99,14 +98,18 @@ def host(folder: Path) -> Iterator[Finding]:
         else "free some disk, or name another run_dir; a checkpoint is several times the model"
     )
     yield Finding("free disk", f"{free:.0f} GiB at {folder.resolve()}", fix)
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        match = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
-        available = int(match.group(1)) / 2**20 if match else 0.0
+    if (available := available_memory()) is not None:
         yield Finding(
             "available memory", f"{available:.0f} GiB", None if available > 3 else "close other programs"
         )
     yield Finding("cores", str(os.cpu_count()))
+
+
+def available_memory() -> float | None:
+    """GiB of this host's memory that programs may still take; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    match = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text()) if meminfo.is_file() else None
+    return int(match[1]) / 2**20 if match else None
 
 
 def shipped() -> Iterator[Finding]:
@@ -125,19 +128,149 @@ def shipped() -> Iterator[Finding]:
     )
 
 
+def kernel() -> Iterator[Finding]:
+    """The attention kernel of this machine, computed once and compared with the dense reference."""
+    import jax
+    import jax.numpy as jnp
+
+    from unichar_jax.models import kernels
+    from unichar_jax.models.streams import TokenMeta
+
+    name, reason = kernels.choose(jax.default_backend())
+    length = 192
+    at = jnp.arange(length)[None]
+    block = jnp.where(at % 64 >= 40, at // 64 + 1, 0)  # text, then an image, three times
+    meta = TokenMeta(1 + at // 128, at, at, block, (block == 3).astype(jnp.int32))
+    key = jax.random.key(0)
+    q, k, v = (
+        jax.random.normal(jax.random.fold_in(key, i), (1, length, n, 128)) for i, n in enumerate((4, 2, 2))
+    )
+
+    def run(kernel: kernels.Kernel) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(lambda q, k, v: kernel.run(kernel.prepare(meta, meta), q, k, v))(q, k, v)
+
+    apart = float(jnp.abs(run(kernels.KERNELS[name]) - run(kernels.KERNELS["reference"])).max())
+    right = apart < 1e-3
+    yield Finding(
+        "attention",
+        f"{name}: {reason}; {apart:.0e} from the dense reference",
+        None if right else "--compute.attention chunked, and please report it",
+    )
+
+
 def experiment(config: str) -> Iterator[Finding]:
-    """The configuration, and its data's folders."""
+    """The configuration, its data's folders and first batch, and room for what it holds and writes."""
+    from unichar_jax.checkpoint.remote import fetched
     from unichar_jax.config import presets
     from unichar_jax.config.train import SFTConfig
     from unichar_jax.data.check import check
 
     cfg = presets.load(SFTConfig, config)
     yield Finding("configuration", f"{config}: {cfg.steps} steps from {cfg.base}")
-    report = check(Path(cfg.data.path))
+    try:
+        folder = fetched(cfg.data.path)
+        report = check(folder)
+    except UserError as error:
+        yield Finding("data", str(error), "give --data.path in the configuration a folder that is there")
+        return
     yield Finding(
         "data",
         f"{cfg.data.path}: {len(report.errors)} errors, {len(report.notes)} notes",
         None if report.ok else f"unichar data check {cfg.data.path}",
+    )
+    yield from room(cfg)
+    if report.ok:
+        yield first_batch(cfg, folder)
+
+
+def first_batch(cfg: SFTConfig, folder: Path) -> Finding:
+    """Packs one row as training would; pictures that are to be drawn are not encoded."""
+    import dataclasses
+    import tempfile
+
+    import numpy as np
+
+    from unichar_jax.checkpoint import store
+    from unichar_jax.config import presets
+    from unichar_jax.config.model import MODEL_PRESETS, model_preset
+    from unichar_jax.data.loader import make_loader
+    from unichar_jax.data.tokenizer import load_tokenizer, write_debug_tokenizer
+
+    base = presets.folder_or_shipped(cfg.base)
+    if (base / store.CONFIG_FILE).is_file():
+        model = store.load_config(base)
+        tokenizer = load_tokenizer(base, model)
+    elif cfg.base in MODEL_PRESETS:
+        model = model_preset(cfg.base)
+        with tempfile.TemporaryDirectory() as made:
+            tokenizer = write_debug_tokenizer(made)
+    else:
+        return Finding("first batch", f"not packed: base {cfg.base} is not here", "put the base there")
+
+    def blank(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        n, height, width, _ = pictures.shape
+        tokens = height * width // model.pixels_per_latent**2
+        zeros = np.zeros((n, tokens, model.latent_dim), np.float32)
+        return zeros, zeros
+
+    began = time.monotonic()
+    data = dataclasses.replace(cfg.data, path=str(folder), cache_dir="", workers=0)
+    try:
+        loader = make_loader(data, model, tokenizer, blank)
+        batch = next(loader)
+    except UserError as error:
+        return Finding("first batch", str(error), "mend that in the configuration or the data")
+    used = [int((s.meta.segment != 0).sum()) for s in (batch.text, batch.vit, batch.latent)]
+    return Finding(
+        "first batch",
+        f"text {used[0]}, vit {used[1]}, latent {used[2]} of {tuple(loader.capacities)} tokens in a row,"
+        f" {int((batch.text.weight > 0).sum())} labelled; {time.monotonic() - began:.1f} s"
+        + (f"; {len(loader.left_out)} samples are larger than a row" if loader.left_out else ""),
+    )
+
+
+def room(cfg: SFTConfig) -> Iterator[Finding]:
+    """What the run's state and checkpoints take, against devices, disk and host memory."""
+    import jax
+
+    from unichar_jax.checkpoint.remote import is_remote
+    from unichar_jax.cli.plan import sizes
+    from unichar_jax.models import params
+    from unichar_jax.parallel import mesh as mesh_lib
+    from unichar_jax.training.plan import abstract_run
+
+    said: list[str] = []
+    model = sizes(cfg.base, said.append)
+    mesh = mesh_lib.make_mesh(cfg.mesh)
+    _, state, layout = abstract_run(cfg, model, mesh)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    here = held / mesh.size / 2**30
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0) / 2**30
+    tight = bool(limit) and here > limit
+    yield Finding(
+        "state",
+        f"{params.count(layout.module):,} parameters: {here:.1f} GiB on each of {mesh.size} devices"
+        + (f" of {limit:.1f} GiB" if limit else "")
+        + "".join(f" ({text})" for text in said),
+        "more devices, or adapters; unichar plan tells the rest" if tight else None,
+    )
+    if limit == 0:
+        memory = available_memory()
+        if memory is not None and here * mesh.size > memory:
+            yield Finding(
+                "host memory", f"{memory:.0f} GiB for a state of {here * mesh.size:.0f}", "a smaller base"
+            )
+    if is_remote(cfg.run_dir):
+        return
+    place = Path(cfg.run_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free, wanted = shutil.disk_usage(place).free / 2**30, (cfg.save.keep + 1) * held / 2**30
+    yield Finding(
+        "room for checkpoints",
+        f"{free:.0f} GiB free at {place}; {cfg.save.keep} kept and one being written are {wanted:.1f} GiB",
+        None if free > wanted else "another run_dir, or a smaller save.keep",
     )
 
 
@@ -154,11 +287,11 @@ def doctor(
       config: also look at this experiment and its data.
       hosts: how to find the other hosts.
     """
-    findings = [*look_at_hosts(hosts), *versions(), *devices(), *host(Path(".")), *shipped()]
+    findings = [*look_at_hosts(hosts), *versions(), *devices(), *kernel(), *host(Path(".")), *shipped()]
     if not distributed.is_leader():
         return 0  # one table is enough
     if config is not None:
-        findings += experiment(config)
+        findings += [*experiment(config)]
     table = Table("", "found", "fix", box=None, header_style="dim")
     for finding in findings:
         mark = "[green]ok[/green]" if finding.fix is None else "[red]fix[/red]"

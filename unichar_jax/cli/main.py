@@ -43,6 +43,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("unichar_jax.cli.serve", "serve", "meet the characters of finished runs in a browser"),
     "evaluate": ("unichar_jax.cli.evaluate", "evaluate", "RoleScape-20 metrics: a table and a picture sheet"),
     "plan": ("unichar_jax.cli.plan", "plan", "compile for a pod without the pod: memory, FLOPs, collectives"),
+    "bench": (
+        "unichar_jax.cli.bench",
+        "bench",
+        "time the training step here; or, with --topology, what is known without hardware",
+    ),
     "doctor": ("unichar_jax.cli.doctor", "doctor", "what would go wrong on this machine, and the fix"),
 }
 

@@ -6,10 +6,15 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unichar_jax.cli.main import parses_itself
 from unichar_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from unichar_jax.config.model import ModelConfig
 
 USAGE = (
     "unichar plan CONFIG --topology v5e:8x8|v5p:2x2x2|v6e:4x4|h200:1x1x8 [--json FILE] [--field value ...]"
@@ -38,14 +43,14 @@ def plan(args: list[str]) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    result = make_plan(cfg, _sizes(cfg.base, say), topology, say)
+    result = make_plan(cfg, sizes(cfg.base, say), topology, say)
     if own.json:
         own.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     print(report(result))
     return 0 if result.fits else 3
 
 
-def _sizes(base: str, say):
+def sizes(base: str, say: Callable[[str], None]) -> ModelConfig:
     """The model's sizes: of the base if it is here, else of BAGEL-7B-MoT, and then it is said."""
     from unichar_jax.checkpoint import store
     from unichar_jax.config import presets

@@ -171,9 +171,8 @@ def gathered(module: M, dtype: Any) -> M:
         value = param.get_value()
         if not jnp.issubdtype(value.dtype, jnp.floating):
             return param
-        value = value.astype(dtype)
         dims = param.dims[-value.ndim :] if value.ndim else ()
-        return param.replace(mesh_lib.constrain(value, dims, drop=("fsdp",)))
+        return param.replace(mesh_lib.gather(value.astype(dtype), dims))
 
     return jax.tree.map(use, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

@@ -8,6 +8,7 @@ functions run under a mesh, under none (a laptop), or under an abstract mesh for
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,6 +126,22 @@ def constrain(x: jax.Array, dims: Sequence[str | None], *, drop: Sequence[str] =
     if drop:
         spec = PartitionSpec(*(_without(axes, drop) for axes in spec))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(x: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
+    """A weight whole on every device of ``fsdp``, for use; without a mesh, the weight.
+
+    Its gradient goes back to where the weight lives: the sum over devices is a reduce-scatter. (The transpose of
+    a plain constraint would ask for the whole gradient on every device: an all-reduce, twice the traffic.)
+    """
+    return constrain(x, dims, drop=("fsdp",))
+
+
+gather.defvjp(
+    lambda x, dims: (gather(x, dims), None),
+    lambda dims, _, g: (constrain(g, dims),),
+)
 
 
 def _without(axes: str | tuple[str, ...] | None, drop: Sequence[str]) -> str | tuple[str, ...] | None:

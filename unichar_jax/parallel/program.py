@@ -139,7 +139,7 @@ class Collective:
     """Collectives of one kind: how many run in a step, and bytes.
 
     ``payload``: of the gathered (or reduced) arrays, as one device holds them; ``traffic``: what one device
-    sends on a ring: ``(n - 1) / n`` of the payload, twice that for an all-reduce.
+    sends on a ring: ``(n - 1) / n`` of the payload, twice that for an all-reduce, all of it for a permutation.
     """
 
     kind: str
@@ -155,6 +155,7 @@ def collectives(hlo: str) -> list[Collective]:
     for (kind, _), (times, payload, group) in _collective_calls(computations, entry).items():
         if group > 1:
             share = (group - 1) / group * (2 if kind == "all-reduce" else 1)
+            share = 1 if kind == "collective-permute" else share
             total = sums.setdefault(kind, [0, 0.0, 0.0])
             for i, x in enumerate((times, times * payload, times * payload * share)):
                 total[i] += x
@@ -201,6 +202,9 @@ def _collective_calls(
             payload = sum(_bytes(*a) for a in _ARRAY.findall(i.type))
             if i.op in ("all-gather-start", "reduce-scatter-start"):
                 payload *= group / (group + 1)  # a start returns parts and wholes: one of each
+            elif i.op == "collective-permute-start":
+                # What is sent, what is received, and counters.
+                payload = sum(_bytes(*a) for a in _ARRAY.findall(i.type) if a[1]) / 2
             elif kind == "reduce-scatter":
                 payload *= group
             elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):

@@ -29,8 +29,8 @@ from unichar_jax.parallel import program as program_lib
 from unichar_jax.parallel.program import Collective, Flops, Memory
 from unichar_jax.parallel.topology import GIB, Topology
 from unichar_jax.training.optimizer import make_optimizer, state_shardings
+from unichar_jax.training.sft import jit_step
 from unichar_jax.training.state import TRAINABLE, Layout, TrainState
-from unichar_jax.training.step import Step, make_sft_step
 
 NUM_TASKS = 8  # losses per task in the log; no influence on anything that is reported
 
@@ -86,7 +86,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        tree = dataclasses.asdict(self) | {"topology": self.topology.text, "chip": self.topology.chip.name}
+        where = self.topology
+        tree = dataclasses.asdict(self) | {
+            "topology": where.text,
+            "chip": where.chip.name,
+            "chip_memory": where.chip.memory,
+            "devices": where.size,
+        }
         names = ("fits", "recomputed", "floor_seconds", "link_seconds")
         return tree | {name: getattr(self, name) for name in names}
 
@@ -123,13 +129,20 @@ def abstract_batch(cfg: ModelConfig, capacities: tuple[int, int, int], rows: int
     )
 
 
-def abstract_run(cfg: SFTConfig, model: ModelConfig, mesh: Mesh) -> tuple[Step, TrainState, Layout]:
-    """The training step, and the shapes and shardings of its state."""
+def declare(cfg: SFTConfig, model: ModelConfig) -> UnifiedModel:
+    """The run's model, adapters included, as a tree of declarations."""
     declared = UnifiedModel(model, cfg.compute)
     if cfg.lora.rank:
         declared = add_lora(declared, cfg.lora.rank, cfg.lora.alpha, cfg.lora.experts, cfg.lora.targets)
-    layout = Layout(declared)
-    trained, frozen = layout.split(params.flat(params.abstract(declared, mesh)), TRAINABLE[cfg.trainable])
+    return declared
+
+
+def abstract_run(cfg: SFTConfig, model: ModelConfig, mesh: Mesh) -> tuple[Any, TrainState, Layout]:
+    """The jitted training step, and the shapes and shardings of its state."""
+    layout = Layout(declare(cfg, model))
+    trained, frozen = layout.split(
+        params.flat(params.abstract(layout.module, mesh)), TRAINABLE[cfg.trainable]
+    )
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     opt = jax.eval_shape(optimizer.init, trained)
     opt = jax.tree.map(
@@ -139,7 +152,7 @@ def abstract_run(cfg: SFTConfig, model: ModelConfig, mesh: Mesh) -> tuple[Step, 
     )
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
     state = TrainState(count, trained, frozen, opt, trained if cfg.optimizer.ema_decay else None)
-    return make_sft_step(layout, optimizer, cfg, model.autoencoder, NUM_TASKS), state, layout
+    return jit_step(cfg, model, layout, optimizer, NUM_TASKS, state, mesh), state, layout
 
 
 def make_plan(
@@ -158,7 +171,7 @@ def make_plan(
         kernel = kernels.resolve(cfg.compute.attention)
         step, state, layout = abstract_run(cfg, model, mesh)
         say(f"tracing the step of {params.count(layout.module):,} parameters on {topology.size} devices")
-        traced = jax.jit(step, donate_argnums=0).trace(state, abstract_batch(model, capacities, rows, mesh))
+        traced = step.trace(state, abstract_batch(model, capacities, rows, mesh))
         executed = program_lib.count_flops(traced.jaxpr.jaxpr)
         say("compiling (a minute or more at full size)")
         memory, needed, sent = None, None, []

@@ -8,6 +8,7 @@ from the batch itself, so it is right for any packing and any number of hosts.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -34,12 +35,18 @@ _PASSES = {"all": 3, "lora": 2}
 _CHUNK = 512
 
 
+def device_name() -> str:
+    """The devices' name in the table of chips; of others what JAX calls them, as a word."""
+    kind = jax.devices()[0].device_kind
+    known = next((name for start, name in _KINDS.items() if kind.startswith(start)), None)
+    return known or re.sub(r"[^a-z0-9]+", "-", kind.lower())
+
+
 @functools.cache
 def peak_flops() -> float | None:
     """Dense bf16 FLOP/s of all devices of the run together; None where the kind is not in the table."""
-    kind = jax.devices()[0].device_kind
-    name = next((name for start, name in _KINDS.items() if kind.startswith(start)), None)
-    return None if name is None else CHIPS[name].flops * jax.device_count()
+    name = device_name()
+    return CHIPS[name].flops * jax.device_count() if name in CHIPS else None
 
 
 def _count(meta: TokenMeta, rule: Callable[[TokenMeta, TokenMeta], jax.Array]) -> jax.Array:
