@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,12 @@ from unichar_jax.app.annotate.annotation import Annotation
 from unichar_jax.app.annotate.asking import Collected, Item, Rejected
 from unichar_jax.app.annotate.review import write_review
 from unichar_jax.app.annotate.writing import Decisions
+from unichar_jax.app.web.guests import invite
+from unichar_jax.app.web.server import Server
+from unichar_jax.app.web.settings import Settings
+from unichar_jax.config import presets
+from unichar_jax.data.miniworld.cast import member
+from unichar_jax.data.miniworld.write import write_character
 from unichar_jax.data.rolescape import read_character
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -102,6 +109,29 @@ def test_a_persons_path(browser):
         expect(page.get_by_role("button", name="Where do you live?")).to_be_visible()
 
 
+@pytest.mark.slow
+def test_a_persons_path_with_the_mini_model(browser, tmp_path):
+    """The same with the model that ships, from a cold start of the server: a minute's work at most, compiling
+    included. It is counted in processor time, so that other work on the machine does not fail it.
+    """
+    for name in ("Pip", "Luna"):
+        write_character(member(name), tmp_path)
+    folders = [tmp_path / "personalized_data" / "train" / name for name in ("Pip", "Luna")]
+    guests = invite([presets.folder_or_shipped("mini")], folders)
+    try:
+        with Server(Settings(port=0), guests, warm=True) as server:
+            started = time.process_time()
+            with visit(browser, server.url) as page:
+                page.get_by_role("button", name="Luna").click()
+                say(page, "Hello!")
+                drawn = page.locator(".turn figure img")
+                expect(drawn).to_have_js_property("naturalWidth", 96, timeout=300_000)
+                assert time.process_time() - started < 60
+                expect(page.locator(".turn .them")).to_have_text(re.compile(r"\w"))
+    finally:
+        guests[0].engine.close()
+
+
 def test_a_sheet_and_a_question_about_a_picture(browser, tmp_path):
     with serving(Puppet()) as server, visit(browser, server.url) as page:
         page.get_by_role("tab", name="Talk").focus()
@@ -118,6 +148,9 @@ def test_a_sheet_and_a_question_about_a_picture(browser, tmp_path):
         page.locator(".sheet figure button").last.click()
         dialog = page.get_by_role("dialog")
         expect(dialog).to_contain_text("seed 9")
+        page.mouse.click(5, 5)  # beside it
+        expect(dialog).to_be_hidden()
+        page.locator(".sheet figure button").last.click()
         dialog.get_by_role("button", name="Ask about this picture").click()
         page.get_by_label("Your question").fill("Who is it?")
         page.keyboard.press("Enter")

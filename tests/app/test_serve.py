@@ -498,7 +498,10 @@ def test_guessing_is_slowed_down(monkeypatch):
 def test_the_login_file(tmp_path):
     path = tmp_path / "users.txt"
     path.write_text("# who may come\nann:correct horse\n\nbob: a:b c d e\n")
-    assert read_users(path) == (("ann", "correct horse"), ("bob", " a:b c d e"))
+    assert read_users(path) == (("ann", "correct horse"), ("bob", "a:b c d e"))
+    with serving(Puppet(), users=read_users(path)) as server:  # what the file says can be typed
+        for name, password in (("ann", "correct horse"), ("bob", " a:b c d e"), ("bob", "a:b c d e")):
+            assert Client(server.url).post("/api/login", {"name": name, "password": password})[0] == 200
     for text, words in (("ann", "line 1"), ("ann:short", "8 characters"), ("# nobody\n", "no login")):
         path.write_text(text)
         with pytest.raises(UserError, match=words):

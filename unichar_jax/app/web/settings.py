@@ -104,11 +104,12 @@ def read_users(path: Path) -> tuple[tuple[str, str], ...]:
         if not line.strip() or line.startswith("#"):
             continue
         name, colon, password = line.partition(":")
-        if not colon or not name.strip() or len(password) < 8:
+        name, password = clean(name), clean(password)  # as what is typed into the page is
+        if not colon or not name or len(password) < 8:
             raise UserError(
                 f"{path}: line {number}: expected name:password, the password of at least 8 characters."
             )
-        users.append((name.strip(), password))
+        users.append((name, password))
     if not users:
         raise UserError(f"{path}: no login in it; expected lines name:password.")
     return tuple(users)

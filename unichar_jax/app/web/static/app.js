@@ -45,6 +45,9 @@ const attempt = (action) => action().catch((error) => toast(error.message));
 
 // -- pictures ----------------------------------------------------------------------------------------------
 
+// A small model's pictures are small: enlarged beyond this they would only look worse than they are.
+const LARGEST = 4;
+
 function pictureButton(at, alt, about = alt) {
   const button = el("button", { type: "button", title: about }, el("img", { src: at, alt, loading: "lazy" }));
   button.onclick = () => view(at, alt, about);
@@ -57,10 +60,13 @@ function figure(at, alt, caption) {
 
 function view(at, alt, about) {
   const dialog = $("viewer");
-  Object.assign(dialog.querySelector("img"), { src: at, alt });
+  const img = dialog.querySelector("img");
+  img.onload = () => (img.style.maxHeight = `min(68vh, ${LARGEST * img.naturalHeight}px)`);
+  Object.assign(img, { src: at, alt });
   dialog.querySelector("p").textContent = about;
   Object.assign(dialog.querySelector("[data-do=save]"), { href: at });
   dialog.querySelector("[data-do=close]").onclick = () => dialog.close();
+  dialog.onclick = (event) => event.target === dialog && dialog.close(); // beside it
   dialog.querySelector("[data-do=ask]").onclick = () =>
     attempt(async () => {
       const blob = await (await fetch(at)).blob();
@@ -133,6 +139,7 @@ function sheet(entry) {
     newestFirst: true,
     update(now) {
       setState(state, now);
+      again.hidden = running(now);
       const made = now.pictures.map((p) => figure(`/pictures/${p.name}`, now.prompt, `seed ${p.seed}, ${now.steps} steps`));
       const waiting = running(now) ? now.wanted - made.length : 0;
       pictures.replaceChildren(...made, ...Array.from({ length: waiting }, () => el("div", { className: "wait" })));
@@ -304,7 +311,8 @@ async function choose(file) {
   chosen = sent.picture;
   $("chosen").src = `/pictures/${chosen}`;
   $("chosen").hidden = false;
-  $("hint").hidden = true;
+  $("hint").querySelector("b").textContent = "Choose another";
+  $("hint").querySelector("small").hidden = true;
 }
 
 $("upload").onchange = (event) => {
