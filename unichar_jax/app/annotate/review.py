@@ -44,6 +44,7 @@ def write_review(found: Annotation, decisions: Decisions, path: Path) -> Path:
         shortfalls=f"<details open><summary>Less than wished for</summary><ul>{short}</ul></details>"
         if short
         else "",
+        contents=_contents(found),
         sections="\n".join(_section(found, kind) for kind in KINDS),
         # "<" cannot end the script element that holds the data.
         data=json.dumps(shown, ensure_ascii=False).replace("<", "\\u003c"),
@@ -52,6 +53,16 @@ def write_review(found: Annotation, decisions: Decisions, path: Path) -> Path:
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def _contents(found: Annotation) -> str:
+    """Links to the sections: there are hundreds of items."""
+    counts = {kind: len(found.items(kind)) for kind in KINDS}
+    return " ".join(
+        f'<a href="#{kind}">{html.escape(KINDS[kind].title)}&nbsp;<small>{count}</small></a>'
+        for kind, count in counts.items()
+        if count
+    )
 
 
 def _section(found: Annotation, kind: str) -> str:
