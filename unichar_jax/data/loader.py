@@ -27,7 +27,7 @@ import numpy as np
 
 from unichar_jax.config.data import DataConfig
 from unichar_jax.config.model import ModelConfig
-from unichar_jax.data import layout, packing
+from unichar_jax.data import capacities, layout, packing
 from unichar_jax.data import tasks as tasks_lib
 from unichar_jax.data.cache import ImageCache, MomentsFn, Picture, identify
 from unichar_jax.data.images import T2I_TRANSFORM, VIT_TRANSFORM, ImageTransform, position_ids
@@ -250,7 +250,7 @@ class Loader:
         tasks: tuple[str, ...],
         mixture: Mixture,
         left_out: Mapping[str, str],
-        capacities: packing.Capacities,
+        chosen: capacities.Capacities,
         global_batch: int,
         process_index: int,
         process_count: int,
@@ -264,8 +264,8 @@ class Loader:
         rows.rows = range(process_index * local, (process_index + 1) * local)
         rows.stride = global_batch
         self.tasks, self.mixture, self.left_out = tasks, mixture, left_out
-        self.planner, self.capacities = rows.planner, capacities.sizes
-        self._rows, self._trial, self._sequence = rows, capacities, 0
+        self.planner, self.capacities = rows.planner, chosen.sizes
+        self._rows, self._trial, self._sequence = rows, chosen, 0
         self._fingerprint = _fingerprint(rows, mixture)
         self._iterator: Iterator[Batch] | None = None
 
@@ -357,7 +357,7 @@ class Loader:
         """Why rows stay partly empty, where they do."""
         parts = zip(Sizes._fields, self._trial.used, self.capacities, strict=True)
         name, used, room = min((p for p in parts if p[2]), key=lambda p: p[1] / p[2])
-        if self._trial.fill >= 0.9:
+        if self._trial.fill >= 0.945:
             return []
         return [
             f"  note: of {room} {name} tokens a row uses {used:.0f}: the budget must hold the largest sample,"
@@ -410,7 +410,7 @@ def make_loader(
     sources: dict[SourceKey, list[_Ready]] = {}
     left_out: dict[str, str] = {}
     for sample, ready in zip(found, _ready(found, tokenizer, transforms), strict=True):
-        why = None if fixed is None else packing.too_large(ready.sizes, fixed)
+        why = None if fixed is None else capacities.too_large(ready.sizes, fixed)
         if why:
             left_out[ready.key] = why
         else:
@@ -429,11 +429,11 @@ def make_loader(
     ordered = [sizes[key] for key in mixture.keys]
     budget = cfg.tokens_per_row if fixed is None else fixed.total
     if _recipe(cfg).follow_budgets:
-        mixture = packing.follow_budgets(mixture, ordered, budget, cfg.seed, cfg.window, fixed)
-    if fixed is None:
-        chosen = packing.derive_capacities(mixture, ordered, budget, cfg.seed, cfg.window)
+        mixture, chosen = capacities.balance(mixture, ordered, budget, cfg.seed, cfg.window, fixed)
+    elif fixed is None:
+        chosen = capacities.derive_capacities(mixture, ordered, budget, cfg.seed, cfg.window)
     else:
-        chosen = packing.try_capacities(mixture, ordered, fixed, cfg.seed, cfg.window)
+        chosen = capacities.try_capacities(mixture, ordered, fixed, cfg.seed, cfg.window)
     schedule = Schedule(mixture.keys, mixture.weights, [s.sum(axis=1) for s in ordered], cfg.seed)
     used = [sources[key] for key in mixture.keys]
     planner = packing.Planner(schedule, ordered, chosen.sizes, cfg.window)

@@ -44,7 +44,7 @@ class Recipe:
       groups: what is mixed; shares are portions of the samples.
       why: the reason, for the reader.
       follow_budgets: where pictures decide how full rows get, the groups' shares may move so that the
-        three budgets fill together (``packing.follow_budgets``).
+        three budgets fill together (``capacities.balance``).
     """
 
     groups: tuple[Group, ...]
