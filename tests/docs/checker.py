@@ -168,7 +168,7 @@ def check_command(words: Sequence[str]) -> None:
 def check_unichar(args: Sequence[str]) -> None:
     """Parses a ``unichar`` command with its own parser."""
     value = _parsed(lambda: cli.main(args))
-    if args and args[0] == "plan" and "--topology" in args:
+    if args and args[0] in ("plan", "bench") and "--topology" in args:
         try:
             Topology.parse(args[args.index("--topology") + 1])
         except UserError as error:

@@ -36,6 +36,7 @@ unichar sft sft-mini --steps 3 --data.path data   # a comment
 unichar grpo mine.toml --rounds 2
 unichar chat runs/sft-mini --no-pictures && unichar draw runs/sft-mini "Pip in the snow" -n 8
 unichar plan sft-bagel-7b --topology v5e:8x8
+unichar bench sft-mini --steps 3 --compute.remat full
 unichar convert SRC DST --verify
 unichar data check data
 X=1 ./launch/train.sh --smoke sft sft-mini \\
@@ -85,6 +86,8 @@ def test_right_commands_pass(tmp_path, monkeypatch):
         ("unichar convert SRC", "expected 2 paths"),
         ("unichar plan sft-bagel-7b --topology v9:8x8", "chip 'v9' is unknown"),
         ("unichar plan sft-bagel-7b", "which hardware"),
+        ("unichar bench sft-bagel-7b --topology v9:8x8", "chip 'v9' is unknown"),
+        ("unichar bench sft-mini --stps 3", "stps"),
         ("unichar evaluate", "required"),
         ("unichar quickstart --rouns 1", "rouns"),
         ("cd x && unichar sft sft-mni", "did you mean"),

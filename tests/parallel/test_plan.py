@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unichar_jax.config.model import model_preset
-from unichar_jax.config.train import OptimizerConfig, SFTConfig
+from unichar_jax.config.train import LoraConfig, OptimizerConfig, SFTConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import flops
 from unichar_jax.models.decoder import Compute
@@ -24,10 +24,11 @@ MODEL = model_preset("debug")
 CAPACITIES = (96, 64, 64)
 
 
-def traced_step(**compute):
+def traced_step(remat: str = "none", **fields):
     """The training step of the debug model on one device, traced."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    cfg = SFTConfig(compute=Compute(dtype="float32", attention="reference", **compute), ce_chunk=96)
+    compute = Compute(dtype="float32", attention="reference", remat=remat)
+    cfg = SFTConfig(compute=compute, ce_chunk=96, **fields)
     with jax.set_mesh(mesh):
         step, state, _ = plan_lib.abstract_run(cfg, MODEL, mesh)
         batch = plan_lib.abstract_batch(MODEL, CAPACITIES, 1, mesh)
@@ -44,6 +45,22 @@ def test_flops_of_the_step_are_those_of_the_formula():
     # Inputs need no gradient, and the head's chunk is recomputed: a few percent at this size.
     counted, head = traced_step().dense, 2 * 64 * MODEL.decoder.vocab_size * CAPACITIES[0]
     assert counted - head == pytest.approx(useful(), rel=0.03)
+
+
+def test_adapters_need_no_gradients_of_weights():
+    """Nor any gradient of what lies before them: the tower only runs forward."""
+    counted = traced_step(trainable="lora", lora=LoraConfig(rank=1)).dense
+    text, vit, latent = CAPACITIES
+    work = flops.Work(text, vit, latent, text, sum(CAPACITIES) ** 2, vit**2)
+    head = 2 * 64 * MODEL.decoder.vocab_size * text
+    tower = MODEL.vision.num_layers * flops.vision_layer(MODEL.vision, vit, vit**2)
+    expected = (
+        flops.train_step(MODEL, work, 2)
+        - tower
+        - MODEL.vision.num_layers
+        * flops.attention(MODEL.vision.num_heads, MODEL.vision.hidden_size // MODEL.vision.num_heads, vit**2)
+    )
+    assert counted - head == pytest.approx(expected, rel=0.05)
 
 
 def test_full_rematerialisation_costs_a_forward_pass():

@@ -70,6 +70,17 @@ def forward(cfg: ModelConfig, work: Work) -> float:
     return total
 
 
-def train_step(cfg: ModelConfig, work: Work) -> float:
-    """Useful work of one training step: forward, and twice that backward."""
-    return 3 * forward(cfg, work)
+def attention_of(cfg: ModelConfig, work: Work) -> float:
+    """The part of ``forward`` that is attention: products without weights."""
+    d, v = cfg.decoder, cfg.vision
+    total = d.num_layers * attention(d.num_heads, d.head_dim, work.pairs)
+    return total + v.num_layers * attention(v.num_heads, v.hidden_size // v.num_heads, work.vit_pairs)
+
+
+def train_step(cfg: ModelConfig, work: Work, passes: float = 3) -> float:
+    """Useful work of one training step: forward, gradients of activations, gradients of weights.
+
+    ``passes``: how many of the three a product with weights takes part in: 2 where the weights are frozen.
+    Attention has no weights, and both of its factors want gradients: always 3.
+    """
+    return passes * forward(cfg, work) + (3 - passes) * attention_of(cfg, work)

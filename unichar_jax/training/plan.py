@@ -31,6 +31,7 @@ from unichar_jax.parallel.topology import GIB, Topology
 from unichar_jax.training.optimizer import make_optimizer, state_shardings
 from unichar_jax.training.sft import jit_step
 from unichar_jax.training.state import TRAINABLE, Layout, TrainState
+from unichar_jax.training.throughput import PASSES
 
 NUM_TASKS = 8  # losses per task in the log; no influence on anything that is reported
 
@@ -40,12 +41,15 @@ class Plan:
     """What compiling told.
 
     Attributes:
-      capacities: tokens of a row in text, vit, latent. kernel: the attention kernel that was compiled;
-        ``proven`` if it is the one that runs on this topology. memory: of one device; None if the compiler
-        found no room, and then ``needed`` is what it asked for, if it said. useful: FLOPs that the batch asks
-        for, all devices (attention: as if each row were one document). executed: FLOPs of the traced program,
-        all devices. seconds: that compilation took. changes: what would save memory, cheapest first, with
-        estimated bytes per device.
+      capacities: tokens of a row in text, vit, latent.
+      kernel: the attention kernel that was compiled; ``proven`` if it is the one that runs on this topology.
+      memory: of one device; None if the compiler found no room, and then ``needed`` is what it asked for, if it
+        said.
+      useful: FLOPs that the batch asks for, all devices (attention: as if each row were one document; where one
+        expert learns, as if both did).
+      executed: FLOPs of the traced program, all devices.
+      seconds: that compilation took.
+      changes: what would save memory, cheapest first, with estimated bytes per device.
     """
 
     topology: Topology
@@ -185,10 +189,6 @@ def make_plan(
             needed = _bytes_asked(str(error))
     seconds = time.monotonic() - start
     work = _work(capacities, rows)
-    decoder = model.decoder
-    attention = 3 * decoder.num_layers * flops.attention(decoder.num_heads, decoder.head_dim, work.pairs)
-    vision_width = model.vision.hidden_size
-    attention += 3 * model.vision.num_layers * flops.attention(1, vision_width, work.vit_pairs)
     return Plan(
         topology,
         dict(mesh.shape),
@@ -200,8 +200,8 @@ def make_plan(
         kernel == kernels.choose(topology.chip.platform)[0],
         memory,
         needed,
-        flops.train_step(model, work),
-        attention,
+        flops.train_step(model, work, PASSES.get(cfg.trainable, 3)),
+        3 * flops.attention_of(model, work),
         executed,
         sent,
         seconds,

@@ -29,9 +29,9 @@ _KINDS = {
     "NVIDIA H200": "h200",
 }
 
-# Forward passes' worth of useful work in a step: forward, gradients of activations, gradients of weights
-# (with adapters, next to none). Where only one expert learns it is something in between: not reported.
-_PASSES = {"all": 3, "lora": 2}
+# Passes that a product with weights takes part in: forward, gradients of activations, gradients of weights (with
+# adapters, next to none). Where only one expert learns it is something in between: not reported.
+PASSES = {"all": 3, "lora": 2}
 _CHUNK = 512
 
 
@@ -76,5 +76,5 @@ def work_of(batch: Batch) -> flops.Work:
 
 def useful_flops(cfg: ModelConfig, batch: Batch, trainable: str) -> jax.Array | None:
     """Useful floating-point operations of a training step on ``batch``; None where they are not defined."""
-    passes = _PASSES.get(trainable)
-    return None if passes is None else passes * jnp.asarray(flops.forward(cfg, work_of(batch)))
+    passes = PASSES.get(trainable)
+    return None if passes is None else jnp.asarray(flops.train_step(cfg, work_of(batch), passes))
