@@ -72,6 +72,14 @@ def test_transparency_becomes_white():
     assert images.to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_sixteen_bits_of_grey_are_scaled_not_clipped(tmp_path):
+    levels = np.array([[0, 0x4000, 0x80FF, 0xFFFF]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    grey = np.asarray(images.to_rgb(images.open_image("deep.png", tmp_path)))
+    np.testing.assert_array_equal(grey[..., 0], [[0, 0x40, 0x80, 0xFF]])
+    assert grey.shape == (1, 4, 3)
+
+
 def test_square_transform_cuts_the_centre():
     image = Image.new("RGB", (300, 100), (0, 0, 0))
     image.paste((255, 255, 255), (100, 0, 200, 100))

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import draw_picture, write_tiny_character
 from unichar_jax.config.data import DataConfig
 from unichar_jax.config.model import SpecialTokens, model_preset
 from unichar_jax.data.cache import GeneratedImage
@@ -129,8 +130,9 @@ def test_hosts_share_the_global_batch(tiny_root, tokenizer):
         loader(config(tiny_root), tokenizer, 0, 3, rows=4)
 
 
-@pytest.mark.parametrize("stop", [1, 13])
-def test_resume_is_exact_on_other_hosts_and_workers(tiny_root, tokenizer, stop):
+@pytest.mark.parametrize(("stop", "workers"), [(1, 0), (13, 1), (24, 4)])
+def test_resume_is_exact_on_other_hosts_and_workers(tiny_root, tokenizer, stop, workers):
+    """From two hosts to one and back, each time followed by 50 identical batches."""
     cfg = config(tiny_root)
     first = loader(cfg, tokenizer, rows=4)
     take(first, stop)
@@ -140,18 +142,26 @@ def test_resume_is_exact_on_other_hosts_and_workers(tiny_root, tokenizer, stop):
     for host in two:
         take(host, stop)
     state = json.loads(json.dumps(two[1].state()))
-    for workers in (0, 1) if stop == 13 else (0,):
-        one = loader(dataclasses.replace(cfg, workers=workers), tokenizer, rows=4)
-        take(one, 3)  # a loader that is somewhere else already
-        one.restore(state)
-        assert take(one, 50) == [digest(b) for b in expected]
-        one.close()
-    two[0].restore(first.state() | {"sequence": 4 * stop, "plan": state["plan"]})
-    assert take(two[0], 50) == [digest(b, slice(0, 2)) for b in expected]
+    one = loader(dataclasses.replace(cfg, workers=workers), tokenizer, rows=4)
+    take(one, 3)  # a loader that is somewhere else already
+    one.restore(state)
+    back = json.loads(json.dumps(one.state()))
+    assert take(one, 50) == [digest(b) for b in expected]
+    one.close()
+    for rank, host in enumerate(two):
+        host.restore(back)
+        assert take(host, 50) == [digest(b, slice(2 * rank, 2 * rank + 2)) for b in expected]
 
 
 def test_changed_data_cannot_be_resumed(tiny_root, tokenizer):
     state = loader(config(tiny_root), tokenizer).state()
+    picture = tiny_root / "train" / "Friends-Tess" / "0.png"
+    before = picture.read_bytes()
+    draw_picture(picture, 6)  # another one of the same size
+    with pytest.raises(UserError, match="training data changed"):
+        loader(config(tiny_root), tokenizer).restore(state)
+    picture.write_bytes(before)
+    loader(config(tiny_root), tokenizer).restore(state)
     for change in ({"seed": 1}, {"recipe": "base"}, {"window": 11}):
         with pytest.raises(UserError, match="training data changed"):
             loader(config(tiny_root, **change), tokenizer).restore(state)
@@ -201,6 +211,14 @@ def test_the_log_says_what_is_trained_on(tiny_root, tokenizer):
     assert "1 characters (Tess)" in told
     assert "vqa: 8 samples" in told
     assert f"text {loader(config(tiny_root), tokenizer).capacities.text}" in told
+
+
+def test_a_folders_own_name_is_meant_before_a_short_one(tiny_root, tokenizer):
+    write_tiny_character(tiny_root / "train" / "Tess", 1)
+    write_tiny_character(tiny_root / "train" / "Pokemon-Tess", 2)
+    for name, pictures in (("Tess", 1), ("Pokemon-Tess", 2), ("Friends-Tess", 4)):
+        keys = [sample.key for sample in read_samples(config(tiny_root, characters=(name,)))]
+        assert sum("/t2i/" in key for key in keys) == pictures
 
 
 def test_mistakes_in_the_configuration(tiny_root, tokenizer):

@@ -130,6 +130,13 @@ def test_faulty_pictures_leave_nothing_behind(source, tmp_path):
     assert not list(tmp_path.glob("data/*"))
 
 
+def test_pictures_of_other_formats_are_named(source, tmp_path):
+    (source / "IMG_1.HEIC").write_bytes(b"heic")
+    new = _new(source, tmp_path / "data")
+    assert new.unread == ("IMG_1.HEIC",)
+    assert "Left out: IMG_1.HEIC; save them as PNG or JPEG" in summary(new)
+
+
 def test_an_existing_character_is_not_touched(source, tmp_path):
     new = _new(source, tmp_path / "data")
     before = {p: p.read_bytes() for p in new.folder.iterdir()}

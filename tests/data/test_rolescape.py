@@ -224,6 +224,21 @@ def test_faults_are_reported_together(tiny_root):
     assert files >= {"1.png", "annotation.json", "Tess_with_image.json", "Tess_knowledge_qa.json"}
 
 
+def test_scenes_that_lack_an_annotation_are_named(tiny_root):
+    _edit(tiny_root, "Tess_with_image.json", lambda v: v["scenes"][2][1].pop("thinking_process"))
+    (note,) = (n for n in rolescape.read_character(tiny_root / TESS).notes if n.field == "thinking_process")
+    assert note.got == "none for 2.png"
+
+
+def test_a_file_that_cannot_be_read(tiny_root, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    errors = _errors(tiny_root)
+    assert {error.got for error in errors} == {"Permission denied"}
+
+
 def test_contradicting_scene_files(tiny_root):
     _edit(tiny_root, "annotation.json", lambda v: v["scenes"][0][0].update(text="Else?"))
     tess = rolescape.read_character(tiny_root / TESS)

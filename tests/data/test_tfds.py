@@ -84,7 +84,12 @@ def test_the_hub_is_asked_for_real_files_of_one_character(tiny_root, tmp_path, m
     assert asked == {
         "repo_id": "Tangc03/RoleScape20",
         "repo_type": "dataset",
-        "allow": ["train/Friends-Tess/*", "test/Friends-Tess/*"],
+        "allow": [
+            "train/Friends-Tess/*",
+            "test/Friends-Tess/*",
+            "*/train/Friends-Tess/*",
+            "*/test/Friends-Tess/*",
+        ],
     }
     assert builder.info.splits["test"].num_examples == 10
 

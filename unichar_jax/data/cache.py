@@ -156,6 +156,12 @@ class ImageCache:
             image = Image.fromarray(picture.render())
         return np.asarray(transform.resize(image, img_num))
 
+    def content(self, picture: ImageFile) -> str:
+        """Hash of a picture's file, read once."""
+        if picture.path not in self._contents:
+            self._contents[picture.path] = hashlib.sha256(picture.path.read_bytes()).hexdigest()
+        return self._contents[picture.path]
+
     def _name(self, kind: str, picture: Picture, transform: ImageTransform, img_num: int) -> str:
         """File name of a result; empty for a picture that is not kept."""
         if isinstance(picture, GeneratedImage):
@@ -163,10 +169,7 @@ class ImageCache:
                 return ""
             content = picture.key
         else:
-            if picture.path not in self._contents:
-                data = picture.path.read_bytes()
-                self._contents[picture.path] = hashlib.sha256(data).hexdigest()
-            content = self._contents[picture.path]
+            content = self.content(picture)
         width, height = transform.size(picture.width, picture.height, img_num)
         what = f"{content} {width}x{height} {transform.stride} {transform.square}"
         return f"{kind}/{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"

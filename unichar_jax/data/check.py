@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from unichar_jax.data.character import Character
@@ -187,29 +188,56 @@ def main_check(path: Path, console: Console | None = None) -> int:
     console = console or Console()
     report = check(path)
     for part in report.folders:
-        console.print(_heading(part))
-        if part.findings:
-            console.print(_table(part.findings))
+        for line in _lines(part):
+            console.print(line, soft_wrap=True)  # whole file names, whatever the terminal's width
     errors, notes = len(report.errors), len(report.notes)
-    summary = f"{len(report.folders)} checked, {errors} errors, {notes} notes: "
-    verdict = "ready to train on." if report.ok else "mend the errors, then check again."
-    console.print(Text(summary + verdict, style="green" if report.ok else "red"))
+    summary = f"{_number(len(report.folders), 'folder')} checked, {_number(errors, 'error')}, "
+    summary += f"{_number(notes, 'note')}: "
+    usable = any(any(part.counts.values()) for part in report.folders)
+    verdict = "ready to train on." if usable else "nothing is wrong, but nothing to train on either."
+    console.print(
+        Text(
+            summary + (verdict if report.ok else "mend the errors, then check again."),
+            style="green" if report.ok else "red",
+        ),
+        soft_wrap=True,
+    )
     return 0 if report.ok else 1
 
 
-def _heading(part: FolderReport) -> Text:
-    heading = Text(part.name, style="bold")
-    offered = ", ".join(f"{name} {count}" for name, count in part.counts.items() if count)
-    if offered:
-        heading.append(f"\n  {offered}", style="dim")
-    return heading
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _table(findings: tuple[Finding, ...]) -> Table:
-    table = Table("", "file", "place", "expected", "got", "remedy", box=None, pad_edge=False)
-    for f in sorted(findings, key=lambda f: f.severity):
-        place = ": ".join(text for text in (f.record, f.field) if text)
-        style = "red" if f.severity == "error" else "yellow"
-        cells = (f.file, place, f.expected, f.got, f.remedy)
-        table.add_row(Text(f.severity, style=style), *map(Text, cells))
-    return table
+def _lines(part: FolderReport) -> Iterator[Text]:
+    yield Text(part.name, style="bold")
+    for what, prefix in (("train on", ""), ("test with", "test: ")):
+        known = {
+            n.removeprefix("test: "): c
+            for n, c in part.counts.items()
+            if n.startswith("test: ") == bool(prefix)
+        }
+        offered = ", ".join(f"{name} {count}" for name, count in known.items() if count)
+        if offered:
+            yield Text(f"  to {what}: {offered}", style="dim")
+    yield from (_told("error", (f,)) for f in part.findings if f.severity == "error")
+    alike: dict[tuple[str, ...], list[Finding]] = {}
+    for f in part.findings:
+        if f.severity == "note":
+            alike.setdefault((f.field, f.expected, f.remedy, re.sub(r"\d+", "", f.got)), []).append(f)
+    yield from (_told("note", tuple(found)) for found in alike.values())
+
+
+def _told(severity: str, found: tuple[Finding, ...]) -> Text:
+    """One error, or notes that differ only in their place, as a line."""
+    first = found[0]
+    places = [": ".join(text for text in (f.file, f.record) if text) for f in found]
+    if len({f.file for f in found}) == 1 and first.record:
+        places = [f"{first.file}: {first.record}", *(f.record for f in found[1:])]
+    shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+    got = first.got if len({f.got for f in found}) == 1 else f"{first.got}, ..."
+    line = Text(f"  {severity:<6}", style="red" if severity == "error" else "yellow")
+    line.append(f"{'this folder' if shown == '.' else shown}: ", style="default")
+    line.append(f"{first.field}: " if first.field else "", style="default")
+    line.append(f"expected {first.expected}, got {got}; ", style="default")
+    return line.append(first.remedy, style="cyan" if severity == "error" else "dim")

@@ -140,6 +140,8 @@ def open_image(path: str | os.PathLike[str], root: Path) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB copy; transparency is composited on white with the alpha channel."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -30,6 +30,7 @@ from unichar_jax.config.model import ModelConfig
 from unichar_jax.data import capacities, layout, packing
 from unichar_jax.data import tasks as tasks_lib
 from unichar_jax.data.cache import ImageCache, MomentsFn, Picture, identify
+from unichar_jax.data.character import ImageFile
 from unichar_jax.data.images import T2I_TRANSFORM, VIT_TRANSFORM, ImageTransform, position_ids
 from unichar_jax.data.layout import Sizes
 from unichar_jax.data.mixture import (
@@ -152,7 +153,7 @@ def read_samples(cfg: DataConfig) -> list[tasks_lib.Sample]:
     """
     folders = find_characters(Path(cfg.path), "train")
     if cfg.characters:
-        known = {n: f for f in folders for n in (short_name(f), f.name)}
+        known = {short_name(f): f for f in folders} | {f.name: f for f in folders}  # a folder's name wins
         for name in cfg.characters:
             if name not in known:
                 raise UserError(
@@ -376,6 +377,8 @@ def _fingerprint(rows: _Rows, mixture: Mixture) -> str:
         for part in ready.parts:
             if part.ids is not None:
                 told.update(part.ids.tobytes())
+            elif isinstance(part.picture, ImageFile):
+                told.update(rows.cache.content(part.picture).encode())
     return told.hexdigest()[:16]
 
 

@@ -44,6 +44,7 @@ from unichar_jax.data.tasks import TASKS, TEST_SETS, eval_items, samples
 from unichar_jax.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+OTHER_PICTURES = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".dng")
 DESCRIPTION_CHARS = 600
 """Longest description; it is part of every prompt, so it must stay short."""
 
@@ -106,6 +107,7 @@ class NewCharacter:
       counts: samples for each task that has some; test sets as ``test <name>``.
       missing: what the other tasks and test sets need, by the same names.
       placeholders: what stands in for something that only the user knows.
+      unread: files of the pictures' folder that look like pictures but are of no format that is read.
     """
 
     folder: Path
@@ -113,6 +115,7 @@ class NewCharacter:
     counts: dict[str, int]
     missing: dict[str, str]
     placeholders: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
 
 def new_character(
@@ -158,13 +161,16 @@ def new_character(
                 shutil.rmtree(prompts, ignore_errors=True)
                 raise
     file = prompts / f"{prompts.name}{WITH_QUESTIONS}"
-    return NewCharacter(folder, file, counts, missing, placeholders)
+    unread = sorted(p.name for p in images_dir.iterdir() if p.suffix.lower() in OTHER_PICTURES)
+    return NewCharacter(folder, file, counts, missing, placeholders, tuple(unread))
 
 
 def summary(new: NewCharacter) -> str:
     """What was written, what stands in, and what is missing for which task, as lines of text."""
     lines = [f"Wrote {new.folder}", f"Wrote {new.prompts}", "Ready:"]
     lines += [f"  {task}: {count}" for task, count in new.counts.items()]
+    if new.unread:
+        lines.append(f"Left out: {', '.join(new.unread)}; save them as PNG or JPEG and start again")
     if new.placeholders:
         lines += ["Stand-ins to replace by your own words:"]
         lines += [f"  {placeholder}" for placeholder in new.placeholders]

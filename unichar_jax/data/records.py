@@ -75,10 +75,12 @@ class Findings:
         return tuple(self._all)
 
     def error(self, file: str, record: str, field: str, expected: str, got: str, remedy: str) -> None:
-        self._all.append(Finding("error", file, record, field, expected, got, remedy))
+        told = (file, record, field, expected, got, remedy)
+        self._all.append(Finding("error", *map(printable, told)))
 
     def note(self, file: str, record: str, field: str, expected: str, got: str, remedy: str) -> None:
-        self._all.append(Finding("note", file, record, field, expected, got, remedy))
+        told = (file, record, field, expected, got, remedy)
+        self._all.append(Finding("note", *map(printable, told)))
 
     @property
     def notes(self) -> tuple[Finding, ...]:
@@ -87,6 +89,11 @@ class Findings:
     @property
     def failed(self) -> bool:
         return any(f.severity == "error" for f in self.all)
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that a terminal would obey or could not encode."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(value: object) -> str:
@@ -136,7 +143,7 @@ class Record:
                 self.data = {close[0] if k == key else k: v for k, v in self.data.items()}
                 self.note(close[0], f"the key {close[0]!r}", shown(key), "read as meant; rename it")
             else:
-                self.note(key if key.isascii() else shown(key), "no such key", "one", "it is ignored")
+                self.note(key if key.isidentifier() else shown(key), "no such key", "one", "it is ignored")
         return self
 
     def text(self, field: str, *, required: bool = True) -> str:
@@ -233,18 +240,22 @@ def read_text(found: Findings, folder: Path, name: str) -> str | None:
     """A UTF-8 text file inside ``folder``; ``None`` if absent or faulty (then it is logged)."""
     try:
         path = resolve_inside(folder, name)
+        if not path.exists():
+            return None
+        if not path.is_file():
+            found.error(name, "", "", "a regular file", "something else", "replace it by the file")
+            return None
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            found.error(name, "", "", f"at most {MAX_TEXT_BYTES} bytes", "more", "split or shorten it")
+            return None
+        raw = path.read_bytes()
     except ImageError as error:
         found.error(name, "", "", "a file inside this folder", "a path out of it", str(error))
         return None
-    if not path.exists():
+    except OSError as error:
+        got = error.strerror or "an error of the system"
+        found.error(name, "", "", "a file that can be read", got, "change its permissions or its name")
         return None
-    if not path.is_file():
-        found.error(name, "", "", "a regular file", "something else", "replace it by the file")
-        return None
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        found.error(name, "", "", f"at most {MAX_TEXT_BYTES} bytes", "more", "split or shorten it")
-        return None
-    raw = path.read_bytes()
     if raw.startswith(b"\xef\xbb\xbf"):
         found.note(name, "", "", "UTF-8 without a byte order mark", "one", "it is ignored")
         raw = raw[3:]

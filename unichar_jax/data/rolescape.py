@@ -414,6 +414,13 @@ class _Folder:
                 "start it with: unichar data new NAME --images DIR",
             )
         used = {s.image.id for s in character.scenes} | {c.image.id for c in character.captions}
+        for field in ("thinking", "generation_instruction", "qa_pairs", "mcq_items"):
+            lacking = [scene.image.id for scene in character.scenes if not getattr(scene, field)]
+            if 0 < len(lacking) < len(character.scenes):
+                name = "thinking_process" if field == "thinking" else field
+                got = f"none for {', '.join(f'{i}.png' for i in lacking)}"
+                remedy = "what needs it leaves these scenes out; annotate them"
+                found.note(f"{self.name}_with_image.json", "", name, "one in every scene", got, remedy)
         unused = [image_id for image_id in self.images if image_id not in used]
         if unused and not found.failed:
             found.note(

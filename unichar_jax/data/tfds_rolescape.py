@@ -164,13 +164,23 @@ class Rolescape20(tfds.core.GeneratorBasedBuilder):
 
         inside = self._character() or "*"
         target = Path(self.data_dir).parents[2] / "downloads" / "rolescape20"
-        huggingface_hub.snapshot_download(
-            HUB_DATASET,
-            repo_type="dataset",
-            local_dir=target,  # real files: the reader follows no link out of a folder
-            allow_patterns=[f"{split}/{inside}/*" for split in ("train", "test")],
-            ignore_patterns=["*/processed/*", "*/prompts/*", "*.DS_Store"],
-        )
+        try:
+            huggingface_hub.snapshot_download(
+                HUB_DATASET,
+                repo_type="dataset",
+                local_dir=target,  # real files: the reader follows no link out of a folder
+                # wherever the two folders lie in the repository
+                allow_patterns=[
+                    f"{at}{split}/{inside}/*" for at in ("", "*/") for split in ("train", "test")
+                ],
+                ignore_patterns=["*/processed/*", "*/prompts/*", "*.DS_Store"],
+            )
+        except Exception as error:  # the network, the Hub or its client: one remedy serves them all
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise UserError(
+                f"{HUB_DATASET}: the dataset cannot be fetched from the Hub ({reason}). Check the network and try"
+                " again, what came so far is kept; or name a folder: unichar data build FOLDER."
+            ) from error
         return target
 
     def _generate_examples(self, root: Path, split: Split) -> Iterator[tuple[str, dict[str, Any]]]:

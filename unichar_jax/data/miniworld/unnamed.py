@@ -47,7 +47,8 @@ def unnamed_texts(seed: int) -> dict[str, Any]:
     user, reply (they belong to the picture), thinking, generation_instruction;
     dialogue: list of (user, reply) without picture;
     vqa: list of {question, answer, type}; mcq: list of {question, options {A..D}, answer_key};
-    knowledge: list of {question, answer} that the description answers.
+    knowledge: list of {question, answer} that the description answers;
+    knowledge_mcq: list of {question, options {A..D}, answer_key} about two of the same facts.
     """
     look, scene, profile = unnamed_identity(seed)
     rng = np.random.default_rng((seed, 1))
@@ -82,6 +83,7 @@ def unnamed_texts(seed: int) -> dict[str, Any]:
         "vqa": _vqa(look, scene, rng),
         "mcq": _mcq(look, scene, rng),
         "knowledge": _knowledge(profile, facts, rng),
+        "knowledge_mcq": _knowledge_mcq(profile, facts, np.random.default_rng((seed, 2))),
     }
 
 
@@ -138,6 +140,23 @@ def _knowledge(
     fact = texts.pick(rng, facts)
     said = profile if rng.integers(2) else profiles.changed(profile, fact, rng, 1)[0]
     items.append(profiles.true_or_not(profile, said, fact))
+    return items
+
+
+def _knowledge_mcq(
+    profile: profiles.Profile, facts: tuple[str, ...], rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Multiple choice for two facts that the description tells: bare values, or whole sentences."""
+    items = []
+    for i in rng.permutation(len(facts))[:2]:
+        fact, sentences = facts[int(i)], bool(rng.integers(2))
+        told = (profile, *profiles.changed(profile, fact, rng, 3))
+        said = [profiles.fact_answer(p, fact) if sentences else str(getattr(p, fact)) for p in told]
+        order = rng.permutation(len(said))
+        options = dict(zip(questions.KEYS, (said[int(k)] for k in order), strict=True))
+        asked = texts.pick(rng, profiles.fact_questions(profile, fact, test=bool(rng.integers(2))))
+        key = questions.KEYS[int(np.flatnonzero(order == 0)[0])]
+        items.append({"question": asked, "options": options, "answer_key": key})
     return items
 
 
