@@ -143,6 +143,18 @@ def test_splits_that_disagree(tiny_root):
     assert (error.field, error.file) == ("opening", "annotation.json")
 
 
+def test_a_folder_of_folders(tiny_root):
+    report = check(tiny_root / "train")
+    assert [part.name for part in report.folders] == ["train/Friends-Tess"] and report.ok
+    folder = tiny_root / "personalized_t2i" / "Tess"
+    folder.mkdir(parents=True)
+    (folder / "Tess_pure_t2i_with_vqa.jsonl").write_text('{"text": "Tess", "scene_id": "0"}')
+    (prompts,) = check(folder.parent).folders
+    assert prompts.counts == {"rl prompts": 1, "rl questions": 0}
+    with pytest.raises(UserError, match="one file cannot be checked alone"):
+        check(tiny_root / TRAIN / "0.png")
+
+
 def test_absent_path(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         check(tmp_path / "absent")

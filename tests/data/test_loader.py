@@ -19,7 +19,8 @@ from unichar_jax.config.model import SpecialTokens, model_preset
 from unichar_jax.data.cache import GeneratedImage
 from unichar_jax.data.images import open_image, patchify
 from unichar_jax.data.layout import Sizes, unpack
-from unichar_jax.data.loader import Loader, Prefetch, Transforms, make_loader, read_samples
+from unichar_jax.data.loader import Loader, Transforms, make_loader, read_samples
+from unichar_jax.data.prefetch import Prefetch
 from unichar_jax.data.rolescape import find_characters, read_character
 from unichar_jax.data.tasks import TASKS, Part, Sample, samples
 from unichar_jax.data.tokenizer import Tokenizer, train_tokenizer, write_debug_tokenizer

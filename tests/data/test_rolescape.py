@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import draw_picture
 from unichar_jax.data import rolescape
 from unichar_jax.data.records import DataError
 from unichar_jax.errors import UserError
@@ -268,6 +269,9 @@ def test_a_relative_path(tiny_root, monkeypatch):
 def test_empty_and_absent_folders(tmp_path):
     empty = tmp_path / "Nobody"
     empty.mkdir()
+    with pytest.raises(DataError, match="an empty character; start it with: unichar data new"):
+        rolescape.read_character(empty)
+    draw_picture(empty / "0.png", 1)
     with pytest.raises(DataError, match="description"):
         rolescape.read_character(empty)
     with pytest.raises(DataError, match="no such folder"):

@@ -68,6 +68,32 @@ def test_an_absent_character_is_named(tiny_root, tmp_path):
         builder.download_and_prepare()
 
 
+def test_faulty_data_leave_no_trace(tiny_root, tmp_path):
+    for name in ("0.png", "1.png"):  # RGB, which would be copied as it is, and RGBA
+        picture = tiny_root / "train" / "Friends-Tess" / name
+        whole = picture.read_bytes()
+        picture.write_bytes(whole[: len(whole) // 2])
+        builder = Rolescape20(config=TESS, data_dir=tmp_path / "tfds", source=tiny_root)
+        with pytest.raises(UserError, match="truncated"):
+            builder.download_and_prepare()
+        picture.write_bytes(whole)
+    assert not list(tmp_path.glob("tfds/**/*"))
+
+
+def test_the_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.delenv("UNICHAR_ROLESCAPE_DIR", raising=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(
+        UserError, match=r"cannot be fetched from the Hub \(no route\).*unichar data build FOLDER"
+    ):
+        Rolescape20(config=TESS, data_dir=tmp_path / "tfds").download_and_prepare()
+
+
 def test_the_hub_is_asked_for_real_files_of_one_character(tiny_root, tmp_path, monkeypatch):
     import huggingface_hub
 

@@ -20,8 +20,8 @@ from rich.text import Text
 
 from unichar_jax.data.character import Character
 from unichar_jax.data.images import ImageError, image_header, open_image
-from unichar_jax.data.records import Finding
-from unichar_jax.data.rl_prompts import WITHOUT_QUESTIONS, scan_rl_prompts
+from unichar_jax.data.records import Finding, Findings
+from unichar_jax.data.rl_prompts import WITH_QUESTIONS, WITHOUT_QUESTIONS, scan_rl_prompts
 from unichar_jax.data.rolescape import find_characters, scan_character
 from unichar_jax.data.tasks import TASKS, TEST_SETS, eval_items, samples
 from unichar_jax.errors import UserError
@@ -72,9 +72,19 @@ def check(path: Path) -> Report:
     if not path.exists():
         raise UserError(f"{path}: no such folder; give a character's folder or a data root.")
     path = path.absolute()
-    if path.is_file() or any(path.glob(f"*{WITHOUT_QUESTIONS}")):
+    if path.is_file() and path.suffix != ".jsonl":
+        raise UserError(
+            f"{path}: one file cannot be checked alone; give the folder it belongs to, or a .jsonl of RL prompts."
+        )
+    if path.is_file() or _holds_prompts(path):
         return Report(path, (_check_prompts(path, path.name),))
     if not any((path / part).is_dir() for part in ("train", "test", "personalized_data")):
+        inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        prompts = [p for p in inside if _holds_prompts(p)]
+        characters = [p for p in inside if (p / "annotation.json").is_file() and p not in prompts]
+        if (prompts or characters) and not any(path.glob("*.json")):  # a folder of folders
+            parts = [_check_character(p, f"{path.name}/{p.name}")[0] for p in characters]
+            return Report(path, (*parts, *(_check_prompts(p, f"{path.name}/{p.name}") for p in prompts)))
         return Report(path, (_check_character(path, path.name)[0],))
     parts = []
     seen: dict[str, Character] = {}
@@ -93,6 +103,10 @@ def check(path: Path) -> Report:
     return Report(path, tuple(parts))
 
 
+def _holds_prompts(folder: Path) -> bool:
+    return any(any(folder.glob(f"*{suffix}")) for suffix in (WITH_QUESTIONS, WITHOUT_QUESTIONS))
+
+
 def _check_character(folder: Path, name: str) -> tuple[FolderReport, Character | None]:
     character, findings = scan_character(folder)
     findings += _check_pixels(folder)
@@ -105,7 +119,7 @@ def _check_character(folder: Path, name: str) -> tuple[FolderReport, Character |
 
 def _check_pixels(folder: Path) -> tuple[Finding, ...]:
     """Decodes every picture. What its header shows, the reader has reported already."""
-    findings = []
+    found = Findings()
     for path in sorted(folder.glob("*.png")):
         try:
             image_header(path.name, folder)
@@ -114,23 +128,11 @@ def _check_pixels(folder: Path) -> tuple[Finding, ...]:
         try:
             image = open_image(path.name, folder)
         except ImageError as error:
-            findings.append(
-                Finding("error", path.name, "", "", "a whole picture", "a broken one", str(error))
-            )
+            found.picture(path.name, folder, error)
             continue
         if _transparent(image):
-            findings.append(
-                Finding(
-                    "note",
-                    path.name,
-                    "",
-                    "",
-                    "an opaque picture",
-                    "transparency",
-                    "it is composited on white",
-                )
-            )
-    return tuple(findings)
+            found.note(path.name, "", "", "an opaque picture", "transparency", "it is composited on white")
+    return found.all
 
 
 def _transparent(image: Image.Image) -> bool:

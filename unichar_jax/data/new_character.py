@@ -323,7 +323,7 @@ def _write_pictures(images_dir: Path, names: list[str], folder: Path) -> None:
         try:
             picture = ImageOps.exif_transpose(open_image(image, images_dir))
         except ImageError as error:
-            found.error(image, "", "", "a readable picture", "another thing", str(error))
+            found.picture(image, images_dir, error)
             continue
         picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
         clean = Image.frombytes(picture.mode, picture.size, picture.tobytes())

@@ -82,6 +82,12 @@ class Findings:
         told = (file, record, field, expected, got, remedy)
         self._all.append(Finding("note", *map(printable, told)))
 
+    def picture(self, file: str, folder: Path, error: ImageError) -> None:
+        """An error about a picture in ``folder`` that was refused."""
+        got, _, remedy = str(error).removeprefix(f"{folder}: ").partition("; ")
+        remedy = remedy.rstrip(".") or "replace it by a picture"
+        self.error(file, "", "", "a whole picture inside this folder", got.rstrip("."), remedy)
+
     @property
     def notes(self) -> tuple[Finding, ...]:
         return tuple(f for f in self._all if f.severity == "note")

@@ -205,9 +205,7 @@ class _Folder:
         try:
             kind, mode, (width, height) = image_header(name, self.folder)
         except ImageError as error:
-            self.found.error(
-                name, "", "", "a readable picture inside this folder", "another thing", str(error)
-            )
+            self.found.picture(name, self.folder, error)
             return None
         if kind != "PNG":
             self.found.note(name, "", "", "PNG content", kind, "read as what it is; nothing to do")
@@ -402,8 +400,6 @@ class _Folder:
                 ".", "", "", "a name without spaces", shown(self.folder.name), "quote it in a shell"
             )
         found, main = self.found, "annotation.json"
-        if not character.description and not found.failed:
-            found.error(main, "", "description", "a description of the character", "none", "write it")
         if not (character.images or character.extension_train) and not found.failed:
             found.error(
                 ".",
@@ -413,6 +409,8 @@ class _Folder:
                 "an empty character",
                 "start it with: unichar data new NAME --images DIR",
             )
+        if not character.description and not found.failed:
+            found.error(main, "", "description", "a description of the character", "none", "write it")
         used = {s.image.id for s in character.scenes} | {c.image.id for c in character.captions}
         for field in ("thinking", "generation_instruction", "qa_pairs", "mcq_items"):
             lacking = [scene.image.id for scene in character.scenes if not getattr(scene, field)]

@@ -37,7 +37,8 @@ from unichar_jax.config.data import DataConfig
 from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.config.model import MODEL_PRESETS, ModelConfig, model_preset
 from unichar_jax.config.train import RunOptions, SFTConfig
-from unichar_jax.data.loader import Prefetch, make_loader
+from unichar_jax.data.loader import make_loader
+from unichar_jax.data.prefetch import Prefetch
 from unichar_jax.data.tokenizer import Tokenizer, load_tokenizer, write_debug_tokenizer
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
