@@ -131,7 +131,7 @@ def test_hosts_share_the_global_batch(tiny_root, tokenizer):
         loader(config(tiny_root), tokenizer, 0, 3, rows=4)
 
 
-@pytest.mark.parametrize(("stop", "workers"), [(1, 0), (13, 1), (24, 4)])
+@pytest.mark.parametrize(("stop", "workers"), [(1, 0), (13, 1), pytest.param(24, 4, marks=pytest.mark.slow)])
 def test_resume_is_exact_on_other_hosts_and_workers(tiny_root, tokenizer, stop, workers):
     """From two hosts to one and back, each time followed by 50 identical batches."""
     cfg = config(tiny_root)

@@ -80,11 +80,11 @@ def check(path: Path) -> Report:
         return Report(path, (_check_prompts(path, path.name),))
     if not any((path / part).is_dir() for part in ("train", "test", "personalized_data")):
         inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        prompts = [p for p in inside if _holds_prompts(p)]
-        characters = [p for p in inside if (p / "annotation.json").is_file() and p not in prompts]
-        if (prompts or characters) and not any(path.glob("*.json")):  # a folder of folders
+        asked = [p for p in inside if _holds_prompts(p)]
+        characters = [p for p in inside if (p / "annotation.json").is_file() and p not in asked]
+        if (asked or characters) and not any(path.glob("*.json")):  # a folder of folders
             parts = [_check_character(p, f"{path.name}/{p.name}")[0] for p in characters]
-            return Report(path, (*parts, *(_check_prompts(p, f"{path.name}/{p.name}") for p in prompts)))
+            return Report(path, (*parts, *(_check_prompts(p, f"{path.name}/{p.name}") for p in asked)))
         return Report(path, (_check_character(path, path.name)[0],))
     parts = []
     seen: dict[str, Character] = {}

@@ -16,7 +16,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,7 @@ class Loader:
         self.planner, self.capacities = rows.planner, chosen.sizes
         self._rows, self._trial, self._sequence = rows, chosen, 0
         self._fingerprint = _fingerprint(rows, mixture)
-        self._iterator: Iterator[Batch] | None = None
+        self._iterator: Any = None  # Grain's
 
     def __iter__(self) -> Loader:
         return self
@@ -273,11 +273,11 @@ class Loader:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start()
-        batch = next(self._iterator)
+        batch: Batch = next(self._iterator)
         self._sequence += self._rows.stride
         return batch
 
-    def _start(self) -> Iterator[Batch]:
+    def _start(self) -> Any:
         import grain
         from absl import flags
 
@@ -325,6 +325,8 @@ class Loader:
 
     def close(self) -> None:
         """Ends the workers; the next batch starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()  # waits for them, so that their shared memory is given back
         self._iterator = None
 
     def describe(self) -> str:
