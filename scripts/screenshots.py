@@ -4,8 +4,8 @@
 
 It does what a person does (open, pick, say hello, wait for the picture; a contact sheet; a question about a
 picture), prints how long the first of these took from opening the page, and writes ``demo-talk.png``,
-``demo-draw.png``, ``demo-ask.png``, ``demo-phone.png`` and, with ``--report``, ``quickstart.png``. Use runs of
-the mini world: pictures in documents show no others. It needs the test extra and a Chromium.
+``demo-draw.png``, ``demo-ask.png`` and, with ``--report``, ``quickstart.png``. Use runs of the mini
+world: pictures in documents show no others. It needs the test extra and a Chromium.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from unichar_jax.app import engines
 from unichar_jax.app.web.guests import invite
 from unichar_jax.app.web.server import Server
 from unichar_jax.app.web.settings import Settings
+from unichar_jax.cli.train import use_compilation_cache
 from unichar_jax.errors import UserError
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-DESKTOP, PHONE = {"width": 1200, "height": 760}, {"width": 390, "height": 760}
+WINDOW = {"width": 1200, "height": 830}
 SECONDS = 120_000
 
 
@@ -48,9 +49,9 @@ class Screenshots:
     """Gets the pictures."""
     hello: str = "Hello! Who are you?"
     """What is said."""
-    prompt: str = ""
-    """What is drawn; by default the first suggestion of the page."""
-    question: str = "What is the expression of the character?"
+    prompt: str = "{name} is waving in the snow."
+    """What is drawn."""
+    question: str = "Where is {name}?"
     """What is asked about the fourth training picture."""
 
 
@@ -90,25 +91,21 @@ def visit(browser: Browser, url: str, name: str, cfg: Screenshots) -> float:
     """A person's way through the page."""
     from playwright.sync_api import expect
 
-    context = browser.new_context(viewport=DESKTOP)
-    context.set_default_timeout(SECONDS)
-    page = context.new_page()
+    page = browser.new_page(viewport=WINDOW)
+    page.set_default_timeout(SECONDS)
     started = time.perf_counter()
     page.goto(url)
     choice = page.get_by_role("navigation").get_by_role("button", name=name)
     if choice.count() and choice.is_visible():
         choice.click()
     page.get_by_label("Your message").fill(cfg.hello)
-    page.get_by_role("button", name="Send").click()
+    page.get_by_role("button", name="Send", exact=True).click()
     expect(page.locator(".turn figure img")).to_have_js_property("complete", True)
     seconds = time.perf_counter() - started
     save(page, cfg.out / "demo-talk.png")
 
     page.get_by_role("tab", name="Draw").click()
-    if cfg.prompt:
-        page.get_by_label("What shall be drawn?").fill(cfg.prompt)
-    else:
-        page.locator("#ideas button").first.click()
+    page.get_by_label("What shall be drawn?").fill(cfg.prompt.format(name=name))
     page.get_by_label("Pictures", exact=True).fill("8")
     page.get_by_label("Seed").fill("0")
     page.get_by_role("button", name="Draw", exact=True).click()
@@ -117,25 +114,12 @@ def visit(browser: Browser, url: str, name: str, cfg: Screenshots) -> float:
 
     page.locator("#training button").nth(3).click()
     page.get_by_role("button", name="Ask about this picture").click()
-    page.get_by_label("Your question").fill(cfg.question)
+    page.get_by_label("Your question").fill(cfg.question.format(name=name))
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.locator(".answer p").first).to_have_text(re.compile(r"\w"))
     expect(page.locator(".answer .state")).to_be_hidden()
     save(page, cfg.out / "demo-ask.png")
-
-    phone = browser.new_context(
-        viewport=PHONE, is_mobile=True, has_touch=True, storage_state=context.storage_state()
-    )
-    page = phone.new_page()
-    page.goto(f"{url}/{page_part(context.pages[0].url)}")
-    expect(page.locator(".turn figure img")).to_have_js_property("complete", True)
-    save(page, cfg.out / "demo-phone.png")
     return seconds
-
-
-def page_part(address: str) -> str:
-    """``#pip`` of an address: the character that is met."""
-    return "#" + address.partition("#")[2]
 
 
 def save(page: Page, path: Path) -> None:
@@ -143,12 +127,13 @@ def save(page: Page, path: Path) -> None:
     page.evaluate("document.activeElement.blur()")
     page.wait_for_timeout(500)  # pictures are decoded, animations are over
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    image.quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
+    image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size // 1024} KiB")
 
 
 def main(args: Sequence[str] | None = None) -> int:
     cfg = tyro.cli(Screenshots, args=args, description=__doc__)
+    use_compilation_cache()
     try:
         print(f"open, pick, hello, picture: {take(cfg):.1f} s")
     except UserError as error:

@@ -77,7 +77,7 @@ def visit(browser, url: str, **more):
 
 def say(page, text: str) -> None:
     page.get_by_label("Your message").fill(text)
-    page.get_by_role("button", name="Send").click()
+    page.get_by_role("button", name="Send", exact=True).click()
 
 
 def test_a_persons_path(browser):

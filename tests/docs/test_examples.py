@@ -72,7 +72,11 @@ def symptoms() -> list[str]:
     return [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
 
 
-OTHERS = {"RESOURCE_EXHAUSTED"}
+OTHERS = {
+    "RESOURCE_EXHAUSTED",
+    "Failed to find host bounds for accelerator type",
+    "unexpected worker hostname",
+}
 """Messages that are not this package's, and no words of its code."""
 
 
