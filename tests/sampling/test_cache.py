@@ -25,7 +25,7 @@ empty = jax.jit(kv.empty, static_argnums=(1, 2))
 def used(cache: kv.KVCache, row: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys and positions of a row's tokens."""
     n = int(cache.length[row])
-    return np.asarray(cache.k[:, row, :n]), np.asarray(cache.meta.position[row, :n])
+    return np.asarray(cache.k[:, row, :, :n]), np.asarray(cache.meta.position[row, :n])
 
 
 def same(a: kv.KVCache, i: int, b: kv.KVCache, j: int) -> None:
@@ -148,4 +148,4 @@ def test_tokens_beyond_the_capacity_are_dropped_not_misplaced(model: UnifiedMode
     kept = replace(small, length=jnp.minimum(small.length, 8), rope=full.rope)
     for row in range(3):
         n = int(kept.length[row])
-        np.testing.assert_allclose(kept.k[:, row, :n], full.k[:, row, :n], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(kept.k[:, row, :, :n], full.k[:, row, :, :n], rtol=1e-4, atol=1e-5)

@@ -66,11 +66,10 @@ def merged(model, adapters) -> dict[str, UnifiedModel]:
 
 def first_logits(model: UnifiedModel, tokenizer, prompt: str) -> np.ndarray:
     from unichar_jax.sampling import cache as kv
-    from unichar_jax.sampling import text
 
     ids = np.array([[1, *tokenizer.encode(prompt), 2]], np.int32)
     cache = kv.prefill_text(model, kv.empty(model, 1, 64), ids, np.array(ids.shape[1:]))
-    return np.asarray(text.next_logits(model, cache, jnp.array([1]), jnp.array([True]))[0])
+    return np.asarray(model.logits(kv.read_text(model, cache, jnp.array([[1]]), jnp.array([1]))[0])[0, 0])
 
 
 def test_a_character_is_its_merged_model(engine: Engine, merged, tokenizer, autoencoder) -> None:

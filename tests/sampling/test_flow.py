@@ -32,6 +32,11 @@ def read(model: UnifiedModel, prompts) -> kv.KVCache:
 
 
 @functools.partial(jax.jit, static_argnums=4)
+def apart(a: jax.Array, b: jax.Array) -> float:
+    """Their difference as a share of the second, in norm."""
+    return float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
+
+
 def guided(model, contexts, x, t, guidance, acts=None):
     rows = flow.branches(model, contexts, guidance)
     return flow.guided_velocity(model, rows, x, t, GRID, guidance, acts)
@@ -91,7 +96,7 @@ def test_two_branches_are_exactly_three_where_the_texts_are_all_there_is(
 ) -> None:
     two = guided(model, Contexts(read), noise(3), 0.6, GUIDANCE)
     three = guided(model, Contexts(read, no_image=read), noise(3), 0.6, GUIDANCE)
-    np.testing.assert_allclose(two, three, rtol=1e-4, atol=1e-5)
+    assert apart(two, three) <= 1e-5
     assert np.abs(two - guided(model, Contexts(read), noise(3), 0.6, Guidance(4.0))).max() > 1e-3
 
 
@@ -169,8 +174,8 @@ def test_a_rollout_is_sampling_with_a_window(model: UnifiedModel, read: kv.KVCac
     keys = flow.row_keys(np.arange(6))
     shared = roll(model, Contexts(read), noise(3), keys, start, GRID, SETTINGS)
     spread = np.repeat(noise(3), 2, axis=0)
-    apart = roll(model, Contexts(read), spread, keys, start, GRID, SETTINGS)
-    np.testing.assert_allclose(shared.latents, apart.latents, rtol=1e-3, atol=1e-3)
+    wide = roll(model, Contexts(read), spread, keys, start, GRID, SETTINGS)
+    assert apart(shared.latents, wide.latents) <= 1e-3  # seven steps of a model that magnifies rounding
     np.testing.assert_array_equal(shared.steps, [start, start + 1])
     # A group shares what lies before the window and nothing after it.
     pairs = np.asarray(shared.latents).reshape(3, 2, 3, 6, -1)

@@ -135,9 +135,10 @@ def test_log_probs_are_those_of_decoding(model: UnifiedModel, read: kv.KVCache) 
     np.testing.assert_allclose(less[0, :2], log_probs[0, :2], rtol=1e-5)
 
     cache, token = read, ids[:, 0]
-    step = jax.jit(text.next_logits)
+    step = jax.jit(kv.read_text)
     for i in range(2):
-        scores, cache = step(model, cache, token, np.ones(3, bool))
+        hidden, cache = step(model, cache, token[:, None], np.ones(3, np.int32))
+        scores = model.logits(hidden[:, 0])
         expected = jax.nn.log_softmax(scores)[np.arange(3), ids[:, i + 1]]
         np.testing.assert_allclose(log_probs[:, i], expected, rtol=1e-4, atol=1e-5)
         token = ids[:, i + 1]

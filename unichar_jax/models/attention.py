@@ -4,12 +4,13 @@ A forward pass prepares its attention once (``prepare``): from the tokens' metad
 wants (a dense mask for the reference). Every layer then calls ``attend`` with its q, k, v. Which kernel runs
 is chosen by name in ``Compute.attention``; a name that cannot run is an error, never a silent fallback.
 
-Keys may come in two parts: a cached prefix and the tokens of this call. They are scored separately and share
-one softmax, so that a cache is never copied to append to it.
+Keys may come in parts: cached prefixes and the tokens of this call. They are scored separately and share one
+softmax, so that a cache is never copied to append to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,17 +29,17 @@ class Prepared:
 
     kernel: str = field(metadata=dict(static=True))
     data: Any
-    prefix_mask: jax.Array | None = None
+    prefix_masks: tuple[jax.Array, ...] = ()
 
 
 def prepare(
-    q: TokenMeta, k: TokenMeta, kernel: str = "reference", prefix: TokenMeta | None = None
+    q: TokenMeta, k: TokenMeta, kernel: str = "reference", prefixes: Sequence[TokenMeta] = ()
 ) -> Prepared:
-    """Prepares attention of queries over keys (and over a cached prefix, with metadata ``prefix``)."""
+    """Prepares attention of queries over keys (and over cached prefixes, by their metadata)."""
     from unichar_jax.models import kernels
 
-    if prefix is not None:  # sampling: short queries over a long cache, dense scores are the right kernel
-        return Prepared("reference", visible(q, k), visible(q, prefix))
+    if prefixes:  # sampling: short queries over a long cache, dense scores are the right kernel
+        return Prepared("reference", visible(q, k), tuple(visible(q, p) for p in prefixes))
     return Prepared(kernel, kernels.get(kernel).prepare(q, k))
 
 
@@ -47,7 +48,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    prefix: tuple[jax.Array, jax.Array] | None = None,
+    prefixes: Sequence[tuple[jax.Array, jax.Array]] = (),
 ) -> jax.Array:
     """Softmax attention with grouped queries.
 
@@ -55,30 +56,37 @@ def attend(
       prepared: from ``prepare``.
       q: ``[B, Lq, num_heads, d]``.
       k, v: ``[B, Lk, num_kv_heads, d]``; kv head j serves query heads j*g .. (j+1)*g - 1.
-      prefix: cached keys and values ``[B, Lp, num_kv_heads, d]``, if ``prepared`` has a prefix.
+      prefixes: cached keys and values ``[B, num_kv_heads, Lp, d]``, as many as ``prepared`` has.
 
     Returns:
       ``[B, Lq, num_heads, d]`` in q's dtype; rows that see nothing (padding) are zero.
     """
     from unichar_jax.models import kernels
 
-    if prefix is None:
+    if not prepared.prefix_masks:
         return kernels.get(prepared.kernel).run(prepared.data, q, k, v)
-    return _dense(q, [(*prefix, prepared.prefix_mask), (k, v, prepared.data)])
+    cached = [(*kv, mask) for kv, mask in zip(prefixes, prepared.prefix_masks, strict=True)]
+    return _dense(q, [*cached, (*_heads_first(k, v), prepared.data)])
 
 
 def dense_attention(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """The reference: full scores under a boolean mask ``[B, Lq, Lk]``; softmax in float32."""
-    return _dense(q, [(k, v, mask)])
+    return _dense(q, [(*_heads_first(k, v), mask)])
+
+
+def _heads_first(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
 
 def _dense(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, Any]]) -> jax.Array:
+    """Keys and values come with their heads first; queries that share a key head are rows of one matmul."""
     b, lq, heads, d = q.shape
-    groups = parts[0][0].shape[2]
-    q = q.reshape(b, lq, groups, heads // groups, d)
+    groups = parts[0][0].shape[1]
+    rows = jnp.moveaxis(q.reshape(b, lq, groups, -1, d), 1, 3).reshape(b, groups, -1, d)
     scores = []
     for k, _, mask in parts:
-        s = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32) * d**-0.5
+        s = jnp.einsum("bhmd,bhkd->bhmk", rows, k, preferred_element_type=jnp.float32) * d**-0.5
+        s = s.reshape(b, groups, -1, lq, s.shape[-1])
         scores.append(jnp.where(mask[:, None, None], s, _MASKED))
     top = jnp.max(jnp.stack([s.max(axis=-1) for s in scores]), axis=0)[..., None]
     top = jax.lax.stop_gradient(top)
@@ -87,13 +95,14 @@ def _dense(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, Any]]) -> jax.A
     total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
     out = sum(
         jnp.einsum(
-            "bhgqk,bkhd->bqhgd",
-            (w / total).astype(v.dtype),
+            "bhmk,bhkd->bhmd",
+            (w / total).astype(v.dtype).reshape(b, groups, -1, w.shape[-1]),
             v,
             preferred_element_type=jnp.float32,
         )
         for w, (_, v, _) in zip(weights, parts, strict=True)
     )
+    out = jnp.moveaxis(out.reshape(b, groups, -1, lq, d), 3, 1)
     sees = jnp.any(jnp.stack([mask.any(axis=-1) for _, _, mask in parts]), axis=0)
     out = jnp.where(sees[:, :, None, None, None], out, 0)
     return out.reshape(b, lq, heads, d).astype(q.dtype)

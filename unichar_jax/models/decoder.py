@@ -10,6 +10,7 @@ Source: BAGEL (arXiv 2505.14683), Qwen2.5 with QK-norm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -149,7 +150,7 @@ class DecoderLayer(nnx.Module):
         gen: jax.Array | None,
         rope: KeyValues,
         prepared: Prepared,
-        prefix: KeyValues | None = None,
+        prefixes: Sequence[KeyValues] = (),
     ) -> tuple[jax.Array | None, jax.Array | None, KeyValues]:
         """One layer over understanding tokens ``[B, Lu, H]`` and generation tokens ``[B, Lg, H]``.
 
@@ -157,7 +158,7 @@ class DecoderLayer(nnx.Module):
           und, gen: either may be None.
           rope: cos, sin for the concatenation [und | gen].
           prepared: attention over the same concatenation.
-          prefix: this layer's cached keys and values, if any.
+          prefixes: this layer's cached keys and values, if any.
 
         Returns:
           und, gen, and the new keys and values ``[B, Lu + Lg, num_kv_heads, d]``.
@@ -169,7 +170,7 @@ class DecoderLayer(nnx.Module):
         if gen is not None:
             parts.append(self.gen.qkv(gen, (rope[0][:, split:], rope[1][:, split:])))
         q, k, v = (xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1) for xs in zip(*parts, strict=True))
-        out = attend(prepared, q, k, v, prefix)
+        out = attend(prepared, q, k, v, prefixes)
         if und is not None:
             und = self.und.finish(und, out[:, :split])
         if gen is not None:
@@ -189,6 +190,15 @@ class Decoder(nnx.Module):
         self.norm = FinalNorm(cfg)
         self.cfg = cfg
 
+    def text_layers(self) -> list[DecoderLayer]:
+        """The layers one by one, with the understanding expert alone.
+
+        A scan copies a layer's weights before it uses them: nothing for many tokens, twice the traffic for one.
+        """
+        text = jax.tree.map(lambda x: x, self.layers)
+        text.gen = nnx.data(None)
+        return [jax.tree.map(lambda x, i=i: x[i], text) for i in range(self.cfg.num_layers)]
+
     def __call__(
         self,
         und: jax.Array | None,
@@ -196,36 +206,46 @@ class Decoder(nnx.Module):
         position: jax.Array,
         prepared: Prepared,
         compute: Compute,
-        prefix: KeyValues | None = None,
+        prefixes: Sequence[KeyValues] = (),
         *,
         return_kv: bool = False,
+        layers: Sequence[DecoderLayer] | None = None,
     ) -> tuple[jax.Array | None, jax.Array | None, KeyValues | None]:
         """All layers and the final norms.
 
         Args:
           und, gen: token embeddings, either may be None or empty.
           position: int32 ``[B, Lu + Lg]`` rotary positions.
-          prepared: attention of these tokens (and of a cached prefix).
+          prepared: attention of these tokens (and of cached prefixes).
           compute: dtype, rematerialisation, scan.
-          prefix: cached keys and values of all layers, ``[layers, B, Lp, num_kv_heads, d]``.
-          return_kv: also return the new keys and values, stacked over layers.
+          prefixes: cached keys and values of all layers, each ``[layers, B, num_kv_heads, Lp, d]``.
+          return_kv: also return the new keys and values ``[layers, B, L, num_kv_heads, d]``.
+          layers: from ``text_layers``, to be walked one by one; cached and new keys and values are then tuples of
+            one array for each layer.
         """
         und = None if und is None or und.shape[1] == 0 else und
         gen = None if gen is None or gen.shape[1] == 0 else gen
         rope = rope_angles(position, self.cfg.head_dim, self.cfg.rope_theta)
 
         def body(carry, xs):
-            layer, layer_prefix = xs
+            layer, cached = xs
             carry = jax.tree.map(
                 lambda x: checkpoint_name(constrain(x, ("batch", None, None)), "layer_input"), carry
             )
             layer = params.gathered(layer, compute.jax_dtype)
-            u, g, kv = layer(*carry, rope, prepared, layer_prefix)
+            u, g, kv = layer(*carry, rope, prepared, cached)
             return (u, g), (kv if return_kv else None)
 
-        (und, gen), kv = jax.lax.scan(
-            compute.checkpoint(body), (und, gen), (self.layers, prefix), unroll=compute.unroll
-        )
+        if layers is None:
+            (und, gen), kv = jax.lax.scan(
+                compute.checkpoint(body), (und, gen), (self.layers, list(prefixes)), unroll=compute.unroll
+            )
+        else:
+            carry, kvs = (und, gen), []
+            for i, layer in enumerate(layers):
+                carry, kv = body(carry, (layer, [(k[i], v[i]) for k, v in prefixes]))
+                kvs.append(kv)
+            (und, gen), kv = carry, tuple(zip(*kvs, strict=True)) if return_kv else None
         norm = params.gathered(self.norm, compute.jax_dtype)
         und = None if und is None else norm.und(und)
         gen = None if gen is None else norm.gen(gen)

@@ -10,6 +10,7 @@ Source: BAGEL (arXiv 2505.14683).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from flax import nnx
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.models import params
 from unichar_jax.models.attention import prepare
-from unichar_jax.models.decoder import Compute, Decoder, KeyValues
+from unichar_jax.models.decoder import Compute, Decoder, DecoderLayer, KeyValues
 from unichar_jax.models.layers import Dense, Embedding
 from unichar_jax.models.streams import TextStream, TokenMeta, VitStream
 from unichar_jax.models.vision import Connector, VisionTower
@@ -115,13 +116,19 @@ class UnifiedModel(nnx.Module):
         gen: jax.Array | None,
         meta: TokenMeta,
         *,
-        prefix: KeyValues | None = None,
-        prefix_meta: TokenMeta | None = None,
+        prefixes: Sequence[tuple[KeyValues, TokenMeta]] = (),
         return_kv: bool = False,
+        layers: Sequence[DecoderLayer] | None = None,
     ) -> tuple[jax.Array | None, jax.Array | None, KeyValues | None]:
-        """Decoder over [und | gen] with metadata of the same concatenation; see ``Decoder.__call__``."""
-        prepared = prepare(meta, meta, self.compute.attention, prefix_meta)
-        return self.decoder(und, gen, meta.position, prepared, self.compute, prefix, return_kv=return_kv)
+        """Decoder over [und | gen] with metadata of the same concatenation; see ``Decoder.__call__``.
+
+        ``prefixes`` are what was read before: cached keys and values, and their metadata.
+        """
+        prepared = prepare(meta, meta, self.compute.attention, [m for _, m in prefixes])
+        cached = [kv for kv, _ in prefixes]
+        return self.decoder(
+            und, gen, meta.position, prepared, self.compute, cached, return_kv=return_kv, layers=layers
+        )
 
     def forward(
         self,

@@ -25,7 +25,7 @@ from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel.mesh import constrain
 from unichar_jax.sampling.tracing import jitted
 
-_KV_DIMS = (None, "batch", None, "kv_heads", None)
+_KV_DIMS = (None, "batch", "kv_heads", None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +34,8 @@ class KVCache:
     """Keys and values of ``B`` contexts with room for ``C`` tokens each.
 
     Attributes:
-      k, v: ``[layers, B, C, num_kv_heads, head_dim]`` in the compute dtype, keys rotated.
+      k, v: ``[layers, B, num_kv_heads, C, head_dim]`` in the compute dtype, keys rotated: attention reads
+        what one head holds in one piece.
       meta: metadata of the slots, ``[B, C]``; segment 1 is used, 0 empty.
       length: int32 ``[B]``, tokens held.
       rope: int32 ``[B]``, the next rotary position.
@@ -47,12 +48,17 @@ class KVCache:
     rope: jax.Array
 
     @property
+    def prefixes(self) -> list[tuple[KeyValues, TokenMeta]]:
+        """What a forward pass reads of it (``UnifiedModel.backbone``)."""
+        return [((self.k, self.v), self.meta)]
+
+    @property
     def batch(self) -> int:
-        return self.k.shape[1]
+        return self.length.shape[0]
 
     @property
     def capacity(self) -> int:
-        return self.k.shape[2]
+        return self.meta.shape[1]
 
 
 def bucket(n: int, minimum: int = 1) -> int:
@@ -65,7 +71,7 @@ def bucket(n: int, minimum: int = 1) -> int:
 def empty(model: UnifiedModel, batch: int, capacity: int) -> KVCache:
     """A cache that holds nothing."""
     d = model.cfg.decoder
-    shape = (d.num_layers, batch, capacity, d.num_kv_heads, d.head_dim)
+    shape = (d.num_layers, batch, d.num_kv_heads, capacity, d.head_dim)
     slots, rows = jnp.zeros((batch, capacity), jnp.int32), jnp.zeros(batch, jnp.int32)
     kv = jnp.zeros(shape, model.compute.jax_dtype)
     return KVCache(kv, kv, TokenMeta(slots, slots, slots, slots, slots), rows, rows)
@@ -142,8 +148,8 @@ def fit(cache: KVCache, capacity: int) -> KVCache:
 
     return replace(
         cache,
-        k=resize(cache.k, 2),
-        v=resize(cache.v, 2),
+        k=resize(cache.k, 3),
+        v=resize(cache.v, 3),
         meta=jax.tree.map(lambda x: resize(x, 1), cache.meta),
     )
 
@@ -227,7 +233,9 @@ def append(cache: KVCache, kv: KeyValues, meta: TokenMeta, rope_step: jax.Array)
     slots = jnp.where(meta.segment > 0, meta.order, cache.capacity)
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        return constrain(old.at[:, rows, slots].set(new, mode="drop"), _KV_DIMS)
+        heads = jnp.arange(new.shape[-2])
+        place = (slice(None), rows[..., None], heads, slots[..., None])
+        return constrain(old.at[place].set(new, mode="drop"), _KV_DIMS)
 
     return KVCache(
         write(cache.k, kv[0]),
@@ -251,8 +259,7 @@ def read_text(
         model.embed_text(ids),
         None,
         meta,
-        prefix=(cache.k, cache.v),
-        prefix_meta=cache.meta,
+        prefixes=cache.prefixes,
         return_kv=True,
     )
     return hidden, append(cache, kv, meta, lengths)
@@ -279,9 +286,7 @@ def prefill_vit(
     meta = image_meta(cache, counts, grid.shape[1])
     vit = VitStream(patches, grid, jax.tree.map(lambda x: x[:, 2:], meta))
     und = jnp.concatenate([delimiters(model, cache.batch), model.embed_vit(vit)], axis=1)
-    _, _, kv = model.backbone(
-        und, None, meta, prefix=(cache.k, cache.v), prefix_meta=cache.meta, return_kv=True
-    )
+    _, _, kv = model.backbone(und, None, meta, prefixes=cache.prefixes, return_kv=True)
     return append(cache, kv, meta, counts > 0)
 
 
@@ -303,8 +308,7 @@ def prefill_latent(
         delimiters(model, cache.batch),
         model.embed_latent(latents, clean, grid),
         meta,
-        prefix=(cache.k, cache.v),
-        prefix_meta=cache.meta,
+        prefixes=cache.prefixes,
         return_kv=True,
     )
     return append(cache, kv, meta, counts > 0)

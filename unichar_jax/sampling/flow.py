@@ -218,8 +218,7 @@ def velocity(model: UnifiedModel, cache: KVCache, x: jax.Array, t: jax.Array, gr
         kv.delimiters(model, batch),
         model.embed_latent(x, t, places),
         meta,
-        prefix=(cache.k, cache.v),
-        prefix_meta=cache.meta,
+        prefixes=cache.prefixes,
     )
     return model.velocity(hidden)
 

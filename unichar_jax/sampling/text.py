@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from unichar_jax.errors import UserError
+from unichar_jax.models.decoder import DecoderLayer
 from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling.cache import KVCache, read_text
 from unichar_jax.sampling.tracing import jitted
 
@@ -117,14 +119,6 @@ def start(model: UnifiedModel, cache: KVCache, rows: int | None = None) -> Decod
     return DecodeState(cache, bos, jnp.zeros_like(bos), jnp.arange(cache.batch) >= rows)
 
 
-def next_logits(
-    model: UnifiedModel, cache: KVCache, token: jax.Array, active: jax.Array
-) -> tuple[jax.Array, KVCache]:
-    """Feeds one token to each active row; logits ``[B, V]`` float32 of the token after it."""
-    hidden, cache = read_text(model, cache, token[:, None], active.astype(jnp.int32))
-    return model.logits(hidden[:, 0]), cache
-
-
 def choose(logits: jax.Array, choice: Choice, count: jax.Array) -> jax.Array:
     """Draws one token for each row from logits ``[B, V]``; ``count`` ``[B]`` numbers the draw."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -157,35 +151,67 @@ def _truncate(logits: jax.Array, choice: Choice) -> jax.Array:
     return jnp.where(logits >= smallest, logits, -jnp.inf)
 
 
+@jitted
+def text_layers(model: UnifiedModel) -> list[DecoderLayer]:
+    """The decoder's layers as decoding reads them: taken apart once for a whole text."""
+    return model.decoder.text_layers()
+
+
 @jitted(static_argnames="num_tokens")
 def decode_chunk(
-    model: UnifiedModel, state: DecodeState, choice: Choice, *, num_tokens: int
+    model: UnifiedModel,
+    layers: Sequence[DecoderLayer],
+    state: DecodeState,
+    choice: Choice,
+    *,
+    num_tokens: int,
 ) -> tuple[jax.Array, DecodeState]:
-    """Up to ``num_tokens`` more tokens of each row that is not done.
+    """Up to ``num_tokens`` more tokens of each row that is not done; ``layers`` are ``text_layers(model)``.
 
     Returns:
       int32 ``[B, num_tokens]``, -1 after a row's end, and the new state. The cache needs room for the tokens.
     """
-    eos = model.cfg.special_tokens.eos
+    eos, cache = model.cfg.special_tokens.eos, state.cache
+    # The loop carries the keys and values of its own tokens only: the whole cache would be copied at every token.
+    held = (tuple(cache.k), tuple(cache.v)), cache.meta
+    room = (jnp.zeros((*cache.k.shape[1:3], num_tokens, cache.k.shape[4]), cache.k.dtype),) * len(layers)
 
     def more(carry):
-        index, state, _ = carry
+        index, state, *_ = carry
         return (index < num_tokens) & ~jnp.all(state.done)
 
     def body(carry):
-        index, state, tokens = carry
-        logits, cache = next_logits(model, state.cache, state.token, ~state.done)
-        drawn = choose(logits, choice, state.count)
-        count = state.count + ~state.done
+        index, state, fed, new, tokens = carry
+        active = (~state.done).astype(jnp.int32)
+        at = replace(cache, length=cache.length + fed, rope=cache.rope + fed)
+        hidden, _, kvs = model.backbone(
+            model.embed_text(state.token[:, None]),
+            None,
+            kv.text_meta(at, active, 1),
+            prefixes=[held, (new, kv.text_meta(cache, fed, num_tokens))],
+            return_kv=True,
+            layers=layers,
+        )
+        new = jax.tree.map(
+            lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(x, 1, 2), index, axis=2),
+            new,
+            kvs,
+        )
+        drawn = choose(model.logits(hidden[:, 0]), choice, state.count)
+        count = state.count + active
         ended = drawn == eos
         tokens = tokens.at[:, index].set(jnp.where(state.done | ended, -1, drawn))
         token = jnp.where(state.done, state.token, drawn)
         done = state.done | ended | (count >= choice.max_tokens)
-        return index + 1, DecodeState(cache, token, count, done), tokens
+        return index + 1, replace(state, token=token, count=count, done=done), fed + active, new, tokens
 
-    tokens = jnp.full((state.token.shape[0], num_tokens), -1, jnp.int32)
-    _, state, tokens = jax.lax.while_loop(more, body, (0, state, tokens))
-    return tokens, state
+    tokens = jnp.full((cache.batch, num_tokens), -1, jnp.int32)
+    _, state, fed, new, tokens = jax.lax.while_loop(
+        more, body, (0, replace(state, cache=None), jnp.zeros_like(state.count), (room, room), tokens)
+    )
+    new = tuple(jnp.swapaxes(jnp.stack(x), 2, 3) for x in new)
+    cache = kv.append(cache, new, kv.text_meta(cache, fed, num_tokens), fed)
+    return tokens, replace(state, cache=cache)
 
 
 def decode(
@@ -202,7 +228,9 @@ def decode(
       The new tokens of each row, without BOS and EOS, and the final state.
     """
     longest = max(s.max_tokens for s in settings)
-    tokens, state = decode_chunk(model, start(model, cache), Choice.of(settings), num_tokens=longest)
+    tokens, state = decode_chunk(
+        model, text_layers(model), start(model, cache), Choice.of(settings), num_tokens=longest
+    )
     return [[int(t) for t in row if t >= 0] for row in np.asarray(tokens)], state
 
 
@@ -279,9 +307,9 @@ def stream(
     rows = len(settings)
     padded = [*settings, *[TextSettings(max_tokens=1)] * (cache.batch - rows)]
     replies = [Reply(tokenizer, s, model.cfg.special_tokens.bos) for s in settings]
-    state, choice = start(model, cache, rows), Choice.of(padded)
+    state, choice, layers = start(model, cache, rows), Choice.of(padded), text_layers(model)
     while not np.all(np.asarray(state.done)):
-        tokens, state = decode_chunk(model, state, choice, num_tokens=CHUNK)
+        tokens, state = decode_chunk(model, layers, state, choice, num_tokens=CHUNK)
         done = np.array(state.done)
         for row, (reply, new) in enumerate(zip(replies, np.asarray(tokens), strict=False)):
             text = reply.feed([t for t in new if t >= 0])
