@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -146,7 +148,7 @@ def test_a_remembered_beginning_changes_nothing_and_is_not_read_again(model, mon
         n = context.num_tokens(parts)
         assert int(again.length[0]) == n == int(fresh.length[0])
         assert int(again.rope[0]) == int(fresh.rope[0])
-        np.testing.assert_allclose(again.k[:, 0, :n], fresh.k[:, 0, :n], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(again.k[:, 0, :, :n], fresh.k[:, 0, :, :n], rtol=1e-3, atol=1e-4)
     assert read == [32, 3, 4, 2, 0]
     lengths.clear()
     reader.read(model, "another", [contexts[0]])  # another model's memories are not its own
@@ -213,6 +215,33 @@ def test_cancelled_and_crowding_requests_leave_the_engine_well(model, tokenizer)
         assert waiting.result(60)
         unfinished = engine.submit_text("hello", settings=long)
     assert unfinished.done
+
+
+def test_nothing_is_left_of_requests_that_ended(model, tokenizer) -> None:
+    """Answered, cancelled or refused: no array and no thread stays."""
+
+    def mixture(engine: Engine) -> None:
+        assert engine.answer(None, "hello", SHORT)
+        job = engine.submit_text("hello", settings=TextSettings(max_tokens=40))
+        job.cancel()
+        with pytest.raises(Cancelled):
+            job.result(60)
+        with pytest.raises(UserError):
+            engine.answer(None, "\ud800")
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(jax.live_arrays()), threading.active_count()
+
+    outside = threading.active_count()
+    with Engine(model, None, tokenizer, EngineConfig(remembered=0)) as engine:
+        mixture(engine)
+        before = held()
+        for _ in range(5):
+            mixture(engine)
+        engine.answer(None, "hello", SHORT)
+        assert held() <= before
+    assert threading.active_count() == outside
 
 
 def test_fifty_concurrent_requests_are_answered_as_one_would_be(engine: Engine) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +33,7 @@ from unichar_jax.sampling.cache import bucket
 from unichar_jax.sampling.context import Part
 from unichar_jax.sampling.flow import Contexts, FlowSettings, Guidance
 from unichar_jax.sampling.parts import ImageLike, PartMaker, Size, Transforms, open_picture
+from unichar_jax.sampling.requests import ImageRequest, TextRequest
 from unichar_jax.sampling.roster import BASE, Roster
 from unichar_jax.sampling.text import TextSettings, Tokenizer
 from unichar_jax.sampling.tracing import compilations, jitted
@@ -67,31 +67,6 @@ class EngineConfig:
         for name, least in (("max_batch", 1), ("max_queue", 1), ("max_context", 1), ("remembered", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"engine.{name}: expected at least {least}, got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True)
-class _TextRequest:
-    parts: tuple[Part, ...]
-    settings: TextSettings
-    model: str
-
-
-@dataclass(frozen=True)
-class _ImageRequest:
-    """What to read for each guidance branch (as in ``flow.Contexts``), and how to draw."""
-
-    full: tuple[Part, ...]
-    no_text: tuple[Part, ...]
-    no_image: tuple[Part, ...]
-    settings: FlowSettings
-    grid: flow.Grid
-    seeds: tuple[int, ...]
-    model: str
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        shapes = (context.shape_of(p) for p in (self.full, self.no_text, self.no_image))
-        return ("images", self.model, self.settings, self.grid, *shapes)
 
 
 @jitted
@@ -344,7 +319,7 @@ class Engine:
         wait: bool = False,
     ) -> Job:
         """Queues the text that follows any context (``self.parts`` makes its parts)."""
-        request = _TextRequest(tuple(parts), settings or TextSettings(), self._roster.known(model))
+        request = TextRequest(tuple(parts), settings or TextSettings(), self._roster.known(model))
         self._check_length(parts, request.settings.max_tokens + 1)
         return self._batcher.submit(Job(("text", model, context.shape_of(parts)), request), wait=wait)
 
@@ -366,10 +341,7 @@ class Engine:
         ``plan`` is what BAGEL wrote when asked to plan the picture. For the other arguments see
         ``generate_images``.
         """
-        if self.parts.autoencoder is None:
-            raise UserError("this engine has no autoencoder, so it cannot draw; load one.")
-        if n < 1:
-            raise UserError(f"n: expected at least 1 picture, got {n}.")
+        self._check_drawing(n)
         given: list[Part] = []
         if image is not None:
             picture = open_picture(image)
@@ -377,18 +349,59 @@ class Engine:
         system = [] if plan is None else [self.parts.text(templates.GEN_THINK)]
         planned = [] if plan is None else [self.parts.text(plan)]
         asked = self.parts.text(prompt)
+        return self.submit_drawing(
+            (*system, *given, asked, *planned),
+            (*system, *given),
+            (*system, asked),  # without the plan, too: as in BAGEL
+            n,
+            settings or (FlowSettings() if image is None else EDITING),
+            size=size,
+            seed=seed,
+            model=model,
+            wait=wait,
+        )
+
+    def submit_drawing(
+        self,
+        full: Sequence[Part],
+        no_text: Sequence[Part] = (),
+        no_image: Sequence[Part] | None = None,
+        n: int = 1,
+        settings: FlowSettings | None = None,
+        *,
+        size: Size | None = None,
+        seed: int = 0,
+        noise: np.ndarray | None = None,
+        model: str = BASE,
+        wait: bool = False,
+    ) -> Job:
+        """Queues ``n`` pictures against any contexts, those of ``flow.Contexts`` (``self.parts`` makes parts).
+
+        ``noise``, float32 ``[n, N, latent_dim]``, takes the place of the seeds': to compare with other programs.
+        """
+        self._check_drawing(n)
         grid = self.parts.grid(size)
-        request = _ImageRequest(
-            full=(*system, *given, asked, *planned),
-            no_text=(*system, *given),
-            no_image=(*system, asked),  # without the plan, too: as in BAGEL
-            settings=settings or (FlowSettings() if image is None else EDITING),
+        expected = (n, grid[0] * grid[1], self.cfg.latent_dim)
+        if noise is not None and noise.shape != expected:
+            raise UserError(f"noise: expected an array of shape {expected}, got {noise.shape}.")
+        request = ImageRequest(
+            full=tuple(full),
+            no_text=tuple(no_text),
+            no_image=tuple(full if no_image is None else no_image),
+            settings=settings or FlowSettings(),
             grid=grid,
             seeds=tuple(seed + i for i in range(n)),
             model=self._roster.known(model),
+            noise=noise,
         )
         self._check_length(request.full, 2 + grid[0] * grid[1])
         return self._batcher.submit(Job(request.key, request, rows=n), wait=wait)
+
+    def _check_drawing(self, n: int) -> None:
+        if self.parts.autoencoder is None:
+            raise UserError("this engine has no autoencoder, so it cannot draw; load one.")
+        if n < 1:
+            raise UserError(f"n: expected at least 1 picture, got {n}.")
 
     def _given(self, picture: Image.Image) -> list[Part]:
         """A picture to be changed: as latents and as patches."""
@@ -405,13 +418,13 @@ class Engine:
     # -- the worker's side ----------------------------------------------------------------------------------
 
     def _run(self, jobs: list[Job]) -> None:
-        if isinstance(jobs[0].payload, _TextRequest):
+        if isinstance(jobs[0].payload, TextRequest):
             self._run_text(jobs)
         else:
             self._run_images(jobs)
 
     def _run_text(self, jobs: list[Job]) -> None:
-        requests: list[_TextRequest] = [job.payload for job in jobs]
+        requests: list[TextRequest] = [job.payload for job in jobs]
         settings = [r.settings for r in requests]
         model, memory = self._roster.get(requests[0].model)
         room = max(s.max_tokens for s in settings) + 1
@@ -428,7 +441,7 @@ class Engine:
             job.finish(reply)
 
     def _run_images(self, jobs: list[Job]) -> None:
-        requests: list[_ImageRequest] = [job.payload for job in jobs]
+        requests: list[ImageRequest] = [job.payload for job in jobs]
         first = requests[0]
         grid, most = first.grid, self.config.max_batch
         model, memory = self._roster.get(first.model)
@@ -443,17 +456,21 @@ class Engine:
             read("no_image") if image_acts and first.no_image != first.full else None,
         )
         drawn: list[list[Image.Image]] = [[] for _ in jobs]
-        wanted = [(row, seed) for row, r in enumerate(requests) for seed in r.seeds]
+        wanted = [(row, i) for row, r in enumerate(requests) for i in range(len(r.seeds))]
         for at in range(0, len(wanted), most):
-            chunk = [(row, s) for row, s in wanted[at : at + most] if not jobs[row].cancelled]
+            chunk = [(row, i) for row, i in wanted[at : at + most] if not jobs[row].cancelled]
             if not chunk:
                 continue
             padded = [*chunk, *chunk[:1] * (bucket(len(chunk)) - len(chunk))]
-            seeds = np.array([s & 0xFFFFFFFF for _, s in padded], np.uint32)
+            seeds = np.array([requests[row].seeds[i] & 0xFFFFFFFF for row, i in padded], np.uint32)
+            noise = _noise(seeds, grid=grid, width=self.cfg.latent_dim)
+            for k, (row, i) in enumerate(padded):
+                if (own := requests[row].noise) is not None:
+                    noise = noise.at[k].set(own[i])
             latents = flow.sample_latents(
                 model,
                 _rows(contexts, np.array([row for row, _ in padded], np.int32)),
-                _noise(seeds, grid=grid, width=self.cfg.latent_dim),
+                noise,
                 grid,
                 first.settings,
             )
