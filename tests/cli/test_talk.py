@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from unichar_jax.app import engines
 from unichar_jax.checkpoint import lora, store
+from unichar_jax.cli.inline import inline
 from unichar_jax.cli.main import main
 from unichar_jax.config.model import model_preset
 from unichar_jax.data.tokenizer import write_debug_tokenizer
@@ -107,3 +109,45 @@ def test_names_of_adapters(tmp_path: Path) -> None:
         engines.lora_names([tmp_path / "ann", tmp_path / "x" / "ann"])
     with pytest.raises(UserError, match="the name 'base' is taken"):
         engines.lora_names([tmp_path / "base"])
+
+
+def test_ask_takes_the_picture_before_the_question(home: Path, tmp_path: Path, capsys) -> None:
+    picture, base = tmp_path / "red.png", str(home / "base")
+    Image.new("RGB", (20, 20), "red").save(picture)
+    short = ["--max-tokens", "4"]
+    assert main(["ask", base, str(picture), "what ?", *short]) == 0
+    said = capsys.readouterr().out
+    assert main(["ask", base, "what ?", "--image", str(picture), *short]) == 0
+    assert capsys.readouterr().out == said
+    assert main(["ask", base, str(picture), "what ?", "--image", str(picture), *short]) == 1
+    assert "ask RUN [IMAGE] QUESTION" in capsys.readouterr().err
+    assert main(["ask", base, str(tmp_path / "absent.png"), "what ?", *short]) == 1
+    assert "absent.png" in capsys.readouterr().err
+
+
+def test_a_mistake_does_not_end_the_conversation(home: Path, monkeypatch, capsys) -> None:
+    typed(monkeypatch, "/undo", "\ud800", "hi", "/undo", "")
+    chat = [
+        "chat",
+        str(home / "base"),
+        "--description",
+        "a calm circle",
+        "--no-pictures",
+        "--max-tokens",
+        "4",
+    ]
+    assert main(chat) == 0
+    printed = capsys.readouterr().out
+    for expected in ("nothing was said yet", "not valid Unicode", "taken back"):
+        assert expected in printed
+    assert "transcript" not in printed
+
+
+def test_a_picture_is_two_pixels_to_a_character() -> None:
+    picture = Image.new("RGB", (2, 4), "red")
+    picture.paste((0, 0, 255), (0, 1, 2, 2))
+    shown = inline(picture)
+    assert shown.plain == "▀▀\n▀▀\n"
+    first, last = shown.spans[0].style, shown.spans[-1].style
+    assert (str(first), str(last)) == ("#ff0000 on #0000ff", "#ff0000 on #ff0000")
+    assert inline(Image.new("LA", (1000, 500)), 10).plain == ("▀" * 10 + "\n") * 2

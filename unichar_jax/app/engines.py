@@ -19,21 +19,34 @@ if TYPE_CHECKING:
     from unichar_jax.sampling.session import Persona
 
 
-def load_engine(path: Path, dtype: str = "float32", loras: Mapping[str, Path] | None = None) -> Engine:
+def load_engine(
+    path: Path,
+    dtype: str | None = None,
+    loras: Mapping[str, Path] | None = None,
+    *,
+    as_shipped: bool = False,
+) -> Engine:
     """The engine of a run (its latest step, averaged weights if kept) or of a model directory.
 
-    ``loras`` are folders of adapters by the name of their character.
+    Args:
+      path: the run or the directory.
+      dtype: to compute in (default: float32 for a small model, bfloat16 for one of BAGEL's size).
+      loras: folders of adapters by the name of their character.
+      as_shipped: as in ``EngineConfig``.
     """
     from unichar_jax.checkpoint import lora, store
     from unichar_jax.models.decoder import Compute
-    from unichar_jax.sampling.engine import Engine
+    from unichar_jax.sampling.engine import Engine, EngineConfig
 
     step = runs.resolve(path)
+    dtype = dtype or ("float32" if is_small(path) else "bfloat16")
     cfg = store.load_config(step)
     opened = {
         name: lora.open_lora(folder, cfg) for name, folder in (loras or {}).items()
     }  # before gigabytes are
-    engine = Engine.load(step, compute=Compute(dtype=dtype), item=runs.weights_item(step))
+    engine = Engine.load(
+        step, EngineConfig(as_shipped=as_shipped), Compute(dtype=dtype), item=runs.weights_item(step)
+    )
     for name, source in opened.items():
         engine.add_character(name, lora.load(source))
     return engine

@@ -12,20 +12,29 @@ from rich.console import Console
 
 from unichar_jax.app import engines
 from unichar_jax.app.engines import flow_settings
+from unichar_jax.cli.inline import inline
 from unichar_jax.cli.train import use_compilation_cache
 from unichar_jax.errors import UserError
 
 if TYPE_CHECKING:
     from unichar_jax.sampling.engine import Engine
+    from unichar_jax.sampling.flow import FlowSettings
     from unichar_jax.sampling.session import Persona, RolePlay
+    from unichar_jax.sampling.text import TextSettings
 
 Model = Annotated[Path, tyro.conf.Positional]
 
 
-def load_engine(path: Path, dtype: str = "float32", loras: Mapping[str, Path] | None = None) -> Engine:
+def load_engine(
+    path: Path,
+    dtype: str | None = None,
+    loras: Mapping[str, Path] | None = None,
+    *,
+    as_shipped: bool = False,
+) -> Engine:
     """As ``app.engines.load_engine``, with compiled programs kept between starts."""
     use_compilation_cache()
-    return engines.load_engine(path, dtype, loras)
+    return engines.load_engine(path, dtype, loras, as_shipped=as_shipped)
 
 
 def chat(
@@ -35,6 +44,7 @@ def chat(
     character: Path | None = None,
     description: str | None = None,
     opening: str | None = None,
+    image: Path | None = None,
     pictures: bool = True,
     thinking: bool = False,
     max_tokens: int = 300,
@@ -42,11 +52,13 @@ def chat(
     steps: int = 30,
     guidance: float = 4.0,
     seed: int = 0,
+    as_shipped: bool = False,
     out: Path | None = None,
 ) -> int:
     """Talks with the character; each reply is followed by its picture. An empty line or Ctrl-D ends.
 
-    With several --lora folders, "/play NAME" goes on with another character; the base is loaded once.
+    Ctrl-C stops a reply or a picture, not the conversation. "/undo" takes the last exchange back. With several
+    --lora folders, "/play NAME" goes on with another character; the base is loaded once.
 
     Args:
       run: a finished run, or a model directory.
@@ -54,6 +66,7 @@ def chat(
       character: its folder; by default the one of the run, or of the adapters.
       description: persona, in place of the folder's.
       opening: first words, in place of the folder's.
+      image: a picture that the character sees before each reply.
       pictures: draw every reply.
       thinking: let the character plan each picture in words first.
       max_tokens: of a reply.
@@ -61,6 +74,8 @@ def chat(
       steps: of drawing.
       guidance: strength of the text when drawing.
       seed: of the conversation.
+      as_shipped: follow the published inference code where it departs from its own training: the prompt that
+        asks for a plan, and the size of pictures that are looked at.
       out: folder of the transcript and its pictures; by default transcript/ in the run, or beside the
         adapters.
     """
@@ -68,26 +83,25 @@ def chat(
     from unichar_jax.sampling.session import RolePlay
     from unichar_jax.sampling.text import TextSettings
 
-    console = Console()
+    console = Console(highlight=False)
     loras = engines.lora_names(lora)
     if len(loras) > 1 and (character or description or opening or out):
         raise UserError(
             "--character, --description, --opening and --out are for one character; leave them out."
         )
     personas, folders = _who_and_where(run, loras, character, description, opening, out)
+    drawing = flow_settings(steps, guidance, run) if pictures else None
     with console.status("loading the model ..."):
-        engine = load_engine(run, loras=loras)
+        engine = load_engine(run, loras=loras, as_shipped=as_shipped)
     with engine:
-        plays = {name: RolePlay(engine, who, model=name if loras else BASE) for name, who in personas.items()}
+        plays = {
+            name: RolePlay(engine, who, reference_image=image, model=name if loras else BASE)
+            for name, who in personas.items()
+        }
         name = next(iter(plays))
         _introduce(console, plays, name)
-        while True:
-            try:
-                said = console.input("[cyan]you:[/cyan] ").strip()
-            except (EOFError, KeyboardInterrupt):
-                said = ""
-            if not said:
-                break
+        while said := _heard(console):
+            play = plays[name]
             if said.startswith("/play"):
                 wanted = said.removeprefix("/play").strip()
                 if wanted in plays:
@@ -95,21 +109,53 @@ def chat(
                     _introduce(console, plays, name)
                 else:
                     console.print(f"'{wanted}' is not here; /play one of {', '.join(plays)}", markup=False)
-                continue
-            play, folder = plays[name], folders[name]
-            console.print(f"[green]{play.persona.name}:[/green] ", end="")
-            settings = TextSettings(max_tokens=max_tokens, temperature=temperature, seed=seed)
-            play.reply(said, settings, on_text=lambda piece: console.print(piece, end="", markup=False))
-            console.print()
-            if pictures:
-                with console.status("drawing ..."):
-                    play.picture(flow_settings(steps, guidance, run), thinking=thinking)
-                play.save(folder)
-                console.print(f"[dim]picture: {folder / f'turn-{len(play.turns):03d}.png'}[/dim]")
+            elif said == "/undo":
+                console.print("[dim]taken back[/dim]" if play.undo() else "[dim]nothing was said yet[/dim]")
+            else:
+                settings = TextSettings(max_tokens=max_tokens, temperature=temperature, seed=seed)
+                _exchange(console, play, said, settings, drawing, thinking, folders[name])
         for name, play in plays.items():
             if play.turns:
-                console.print(f"transcript: {play.save(folders[name])}")
+                console.print(f"transcript: {play.save(folders[name])}", soft_wrap=True)
     return 0
+
+
+def _heard(console: Console) -> str:
+    """What the user says next; nothing ends the conversation."""
+    try:
+        return console.input("[cyan]you:[/cyan] ").strip()
+    except (EOFError, KeyboardInterrupt):
+        console.print()
+        return ""
+
+
+def _exchange(
+    console: Console,
+    play: RolePlay,
+    said: str,
+    settings: TextSettings,
+    drawing: FlowSettings | None,
+    thinking: bool,
+    folder: Path,
+) -> None:
+    """One reply as it comes, and its picture. What goes wrong is said, and the conversation goes on."""
+    try:
+        console.print(f"[green]{play.persona.name}:[/green] ", end="")
+        play.reply(said, settings, on_text=lambda piece: console.out(piece, end="", highlight=False))
+        console.print()
+        if drawing is None:
+            return
+        with console.status("drawing ..."):
+            picture = play.picture(drawing, thinking=thinking).image
+            play.save(folder)
+        if console.is_terminal and console.color_system and picture is not None:
+            console.print(inline(picture), soft_wrap=True)
+        place = folder / f"turn-{len(play.turns):03d}.png"
+        console.print(f"[dim]picture: {place}[/dim]", soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print("\n[dim](stopped)[/dim]")
+    except UserError as error:
+        console.print(f"\n{error}", style="red", markup=False)
 
 
 def _who_and_where(
@@ -196,35 +242,42 @@ def draw(
 
 def ask(
     run: Model,
-    question: Annotated[str, tyro.conf.Positional],
+    asked: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[IMAGE] QUESTION")],
     /,
     image: Path | None = None,
     max_tokens: int = 200,
     temperature: float = 0.0,
     seed: int = 0,
+    as_shipped: bool = False,
     lora: Path | None = None,
 ) -> int:
     """Asks a question about a picture, or about what the character knows.
 
     Args:
       run: a finished run, or a model directory.
-      question: in the words of the training data.
-      image: a picture to look at.
+      asked: a question in the words of the training data, and before it, if you like, a picture to look at.
+      image: the picture, another way to give it.
       max_tokens: of the answer.
       temperature: 0 is greedy.
       seed: of the answer.
+      as_shipped: look at the picture in the size of the published inference code, which is not that of its
+        training.
       lora: a folder of adapters to put around the model.
     """
     from unichar_jax.sampling.text import TextSettings
 
-    with _one(run, lora) as (engine, name):
+    *before, question = asked or ("",)
+    if not question or len(before) > (image is None):
+        raise UserError('expected "unichar ask RUN [IMAGE] QUESTION"; put the question in quotes.')
+    image = Path(before[0]) if before else image
+    with _one(run, lora, as_shipped) as (engine, name):
         print(engine.answer(image, question, TextSettings(max_tokens, temperature, seed=seed), model=name))
     return 0
 
 
 @contextlib.contextmanager
-def _one(run: Path, lora: Path | None) -> Iterator[tuple[Engine, str]]:
+def _one(run: Path, lora: Path | None, as_shipped: bool = False) -> Iterator[tuple[Engine, str]]:
     """An engine, and the name of who answers: the model itself, or the one character around it."""
     loras = engines.lora_names([] if lora is None else [lora])
-    with load_engine(run, loras=loras) as engine:
+    with load_engine(run, loras=loras, as_shipped=as_shipped) as engine:
         yield engine, next(iter(loras), "base")
