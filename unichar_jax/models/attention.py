@@ -10,6 +10,7 @@ softmax, so that a cache is never copied to append to it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +94,7 @@ def _dense(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, Any]]) -> jax.A
     # Masked scores underflow to exactly 0 unless a row sees nothing; such rows are zeroed below.
     weights = [jnp.exp(s - top) for s in scores]
     total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
-    out = sum(
+    outs = [
         jnp.einsum(
             "bhmk,bhkd->bhmd",
             (w / total).astype(v.dtype).reshape(b, groups, -1, w.shape[-1]),
@@ -101,7 +102,8 @@ def _dense(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, Any]]) -> jax.A
             preferred_element_type=jnp.float32,
         )
         for w, (_, v, _) in zip(weights, parts, strict=True)
-    )
+    ]
+    out = functools.reduce(jnp.add, outs)
     out = jnp.moveaxis(out.reshape(b, groups, -1, lq, d), 3, 1)
     sees = jnp.any(jnp.stack([mask.any(axis=-1) for _, _, mask in parts]), axis=0)
     out = jnp.where(sees[:, :, None, None, None], out, 0)

@@ -192,6 +192,7 @@ def decode_chunk(
             return_kv=True,
             layers=layers,
         )
+        assert hidden is not None
         new = jax.tree.map(
             lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(x, 1, 2), index, axis=2),
             new,
