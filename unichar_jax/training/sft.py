@@ -10,6 +10,7 @@ Source: UniCharacter (arXiv 2605.08129), Unified-SFT; BAGEL (arXiv 2505.14683) f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -252,10 +253,11 @@ def train(
             (cfg.validate_every, validation_hook(cfg, data, base, layout, log, mesh, loader.capacities.text)),
             (cfg.sample_every, sampling_hook(cfg, data, base, layout, log, mesh)),
         ]
+        batches = Prefetch(loader, functools.partial(mesh_lib.put_batch, mesh=mesh))
         loop = Loop(
             jit_step(cfg, base.cfg, layout, optimizer, len(tasks), state, mesh),
             layout,
-            Prefetch(loader, functools.partial(mesh_lib.put_batch, mesh=mesh)),
+            batches,
             CheckpointManager(run.checkpoints, declared, keep=cfg.save.keep, mesh=mesh),
             log,
             steps=cfg.steps,
@@ -270,7 +272,8 @@ def train(
         state = loop.resume(state)
         if int(state.step):
             say(f"resuming at step {int(state.step)}")
-        state = loop.run(state)
+        with contextlib.closing(batches):  # ends the workers
+            state = loop.run(state)
         if cfg.trainable == "lora":
             say(f"the adapters alone: {save_adapters(cfg, run, state)}")
         if rehearse:
