@@ -31,12 +31,12 @@ def read(model: UnifiedModel, prompts) -> kv.KVCache:
     return kv.prefill_text(model, kv.empty(model, 3, 16), *prompts)
 
 
-@functools.partial(jax.jit, static_argnums=4)
 def apart(a: jax.Array, b: jax.Array) -> float:
     """Their difference as a share of the second, in norm."""
     return float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
 
 
+@functools.partial(jax.jit, static_argnums=4)
 def guided(model, contexts, x, t, guidance, acts=None):
     rows = flow.branches(model, contexts, guidance)
     return flow.guided_velocity(model, rows, x, t, GRID, guidance, acts)
