@@ -1,0 +1,42 @@
+"""The tables of speed and memory say what the records say, and notice when they do not."""
+
+from __future__ import annotations
+
+import copy
+import runpy
+
+import pytest
+
+from tests.docs.checker import REPOSITORY
+
+SCRIPT = runpy.run_path(str(REPOSITORY / "scripts" / "performance_table.py"))
+RECORDS = SCRIPT["records"]()
+
+
+@pytest.mark.parametrize("document", SCRIPT["DOCUMENTS"])
+def test_documents_and_records_agree(document):
+    text = (REPOSITORY / document).read_text("utf-8")
+    assert "<!-- benchmarks: compiled -->" in text
+    again = "run python scripts/performance_table.py"
+    assert SCRIPT["rendered"](text, RECORDS) == text, again
+
+
+def test_another_record_is_another_table():
+    text = (REPOSITORY / "README.md").read_text("utf-8")
+    other = copy.deepcopy(RECORDS)
+    next(r for r in other if r["mark"] == "compiled")["memory"]["temporaries"] += 2**30
+    assert SCRIPT["rendered"](text, other) != text
+
+
+def test_what_the_documents_promise_fits():
+    fits = {
+        (r["command"].split()[2], r["topology"]) for r in RECORDS if r["mark"] == "compiled" and r["fits"]
+    }
+    assert {("sft-bagel-7b", t) for t in ("v5p:2x2x2", "h200:1x1x8")} <= fits
+    assert ("sft-lora-bagel-7b", "h200:1x1x1") in fits
+    for r in RECORDS:
+        if r["mark"] == "compiled":
+            assert r["proven"] and sum(r["capacities"]) == 12_288
+            assert r["parameters"] > 14e9
+            # Gradients are scattered to their shards; what is summed on every device is small.
+            assert sum(c["payload"] for c in r["collectives"] if c["kind"] == "all-reduce") < 1e9
