@@ -2,11 +2,13 @@
 
     python -m unichar_jax.training.pretrain
 
-The same model, objective, step, loop and checkpoints as Unified-SFT; only the data differs
-(``data/miniworld/corpus.py``). Needs the mini autoencoder (``training/autoencoder.py``) in ``--out``. Stops
-and resumes at any checkpoint; writes a sheet of drawings beside its log as it goes, and at the end the
-averaged weights in BAGEL's own names, with configs and tokenizer, so that the result is a BAGEL directory
-like any other.
+The vision tower learns to see first (``training/seeing.py``), as BAGEL's did, and is then left as it is. The
+rest is the same model, objective, step, loop and checkpoints as Unified-SFT; only the data differs
+(``data/miniworld/corpus.py``).
+Needs the mini autoencoder (``training/autoencoder.py``) in ``--out``. Stops and resumes at any checkpoint;
+``--start DIR`` goes on from finished weights with a new optimizer; writes a sheet of drawings beside its log
+as it goes, and at the end the averaged weights in BAGEL's own names, with configs and tokenizer, so that the
+result is a BAGEL directory like any other.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from unichar_jax.training import state as state_lib
 from unichar_jax.training.loop import Loop
 from unichar_jax.training.metrics import MetricsLog
 from unichar_jax.training.optimizer import make_optimizer
+from unichar_jax.training.seeing import teach_to_see
 from unichar_jax.training.step import make_sft_step
 
 TOKENIZER_SEED, TOKENIZER_RECORDS = 1_000_000, 3_000
@@ -49,7 +52,7 @@ SHEET_SEED, SHEET_SIZE = 2_000_000, 16
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """Settings of one run; the defaults made the shipped weights."""
+    """Settings of one run; the defaults make weights like those that ship (checkpoints/README.md has their history)."""
 
     out: Path = Path("checkpoints/mini")
     """Folder of the autoencoder, which receives the model."""
@@ -57,16 +60,26 @@ class Pretraining:
     """Folder of checkpoints and metrics."""
     corpus: Path = Path("cache/corpus")
     """Folder of the tokenised corpus."""
+    start: Path | None = None
+    """BAGEL directory of weights to start from; random ones if none is given."""
+    pool: Path = Path("cache/pool")
+    """Folder of the pictures that the vision tower is taught with."""
+    seeing_minutes: float = 13.0
+    """Training time of the vision tower and the connector, before anything else."""
+    seeing_pictures: int = 16_000
     records: int = 20_000
     picture_steps: int = 1_200
-    """Steps of the first stage, drawing and recognising."""
-    steps: int = 2_200
+    """Steps of the first stage, drawing."""
+    looking_steps: int = 400
+    """Steps of the second stage, describing pictures."""
+    steps: int = 2_400
     """Steps in all."""
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
-    decay_steps: int = 400
+    decay_steps: int = 350
     """Last steps, over which the learning rate falls."""
-    ema_decay: float = 0.998
+    ema_decay: float = 0.98
+    """Of the published average; a long one would still remember the start, and the decay averages already."""
     ce_weight: float = 0.5
     save_every: int = 200
     seed: int = 0
@@ -133,6 +146,21 @@ def draw_sheet(model: UnifiedModel, autoencoder: Any, tokenizer: Tokenizer, step
     return contact_sheet(rows, half)
 
 
+def taught_to_see(cfg: Pretraining, model: UnifiedModel, tokenizer: Tokenizer) -> UnifiedModel:
+    """The model with tower and connector after their own training; its measurements join the logs."""
+    if not cfg.seeing_minutes:
+        return model
+    work = cfg.work / "seeing"
+    model, seen = teach_to_see(
+        model, tokenizer, work, cfg.pool, minutes=cfg.seeing_minutes, pictures=cfg.seeing_pictures
+    )
+    logs = cfg.out / "logs"
+    logs.mkdir(exist_ok=True)
+    (logs / "seeing.json").write_text(json.dumps(seen, indent=1) + "\n", "utf-8")
+    shutil.copyfile(work / "log.jsonl", logs / "seeing.jsonl")
+    return model
+
+
 def train(cfg: Pretraining) -> None:
     """Runs (or resumes) pretraining and writes the model into ``cfg.out``."""
     tokenizer, autoencoder = prepare(cfg)
@@ -157,8 +185,13 @@ def train(cfg: Pretraining) -> None:
     )
     declared = UnifiedModel(model_cfg, sft.compute)
     optimizer = make_optimizer(sft.optimizer, sft.steps)
-    model = params.initialize(declared, cfg.seed)
-    layout, state = state_lib.create(model, declared, optimizer, ema=True)
+    if cfg.start is None:
+        model = params.initialize(declared, cfg.seed)
+    else:
+        model = store.load_model(cfg.start, compute=sft.compute, dtype=jnp.float32)
+    model = taught_to_see(cfg, model, tokenizer)
+    # The decoder learns to read what the tower sees; its first gradients would only spoil that.
+    layout, state = state_lib.create(model, declared, optimizer, trainable="not_vision", ema=True)
     step = make_sft_step(layout, optimizer, sft, model_cfg.autoencoder, len(corpus.TASKS))
     cfg.work.mkdir(parents=True, exist_ok=True)
     tasks = list(corpus.TASKS)
@@ -179,7 +212,8 @@ def train(cfg: Pretraining) -> None:
         logs.mkdir(exist_ok=True)
         shutil.copy(cfg.work / "metrics.jsonl", logs / "pretraining.jsonl")
 
-    stages = ((0, corpus.PICTURES), (cfg.picture_steps, corpus.EVERYTHING))
+    looking, everything = cfg.picture_steps, cfg.picture_steps + cfg.looking_steps
+    stages = ((0, corpus.PICTURES), (looking, corpus.LOOKING), (everything, corpus.EVERYTHING))
     loop = Loop(
         jax.jit(step, donate_argnums=0),
         layout,

@@ -29,6 +29,7 @@ TRAINABLE = {
     "und": r"(?!decoder\.(layers|norm)\.gen\.|time_embedder\.|latent_(in|out)\.).*",
     "gen_expert": r"decoder\.(layers|norm)\.gen\..*",
     "lora": r".*\.lora_[ab]",
+    "not_vision": r"(?!vision\.).*",
 }
 
 
