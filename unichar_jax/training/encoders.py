@@ -6,7 +6,8 @@
 
 ``judge`` reads attributes: cross-entropy for each. ``image`` (identity) learns that the cosine of two
 pictures is the share of look attributes that their characters have in common. ``text`` is CLIP with hard
-negatives: captions of the same picture with one attribute changed. Pictures are worn as a generator wears
+negatives: captions of the same picture with one attribute changed. Both read attributes too, through heads
+that are thrown away: contrasts alone learn to see slowly. Pictures are worn as a generator wears
 them (``worn``): blurred, noised, shifted, or gone through the autoencoder with noise on the latents. The
 judge has its own seed and pictures. Files and measured accuracies go to the mini model's folder; a run
 resumes in ``--work``.
@@ -18,7 +19,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +172,16 @@ def _filled(declared: Any, weights: Weights) -> Any:
     return params.map_named(lambda name, _: weights[name], declared)
 
 
+def reading_heads(width: int, attributes: Mapping[str, Sequence[str]]) -> Weights:
+    """A linear head ``[width, values]`` for each attribute: they help to see, and are thrown away."""
+    return {f"heads.{name}.kernel": jnp.zeros((width, len(values))) for name, values in attributes.items()}
+
+
+def readings(features: jax.Array, weights: Weights, attributes: Iterable[str]) -> dict[str, jax.Array]:
+    """Logits of ``reading_heads`` from unit features ``[B, width]``."""
+    return {n: 16.0 * features @ weights[f"heads.{n}.kernel"] for n in attributes}
+
+
 def attribute_loss(logits: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
     """Cross-entropy, summed over attributes; labels ``[B, 10]`` in the order of ``ATTRIBUTES``."""
     names = list(ATTRIBUTES)
@@ -228,16 +239,13 @@ def shared_looks(labels: jax.Array) -> jax.Array:
 
 def train_image(cfg: EncoderTraining) -> dict[str, Any]:
     pictures, declared = Pictures(cfg), Dinov2(mini.DINOV2)
-    width = mini.DINOV2.transformer.hidden_size
-    # The heads help at the beginning and are thrown away.
-    heads = {f"heads.{name}.kernel": jnp.zeros((width, len(values))) for name, values in LOOK_VALUES.items()}
+    heads = reading_heads(mini.DINOV2.transformer.hidden_size, LOOK_VALUES)
 
     def loss_fn(weights: Weights, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         features = unit(_filled(declared, weights)(worn(to_float(batch[0]), key)))
         similarity = jnp.square(features @ features.T - shared_looks(batch[1]))
         similarity = similarity.sum() / (len(features) * (len(features) - 1))
-        logits = {n: 16.0 * features @ weights[f"heads.{n}.kernel"] for n in LOOK_VALUES}
-        reading = attribute_loss(logits, batch[1])
+        reading = attribute_loss(readings(features, weights, LOOK_VALUES), batch[1])
         return 20.0 * similarity + reading / LOOKS, {"similarity": similarity, "cross_entropy": reading}
 
     def batch_fn(rng: np.random.Generator, progress: float) -> Any:
@@ -328,18 +336,22 @@ def train_text(cfg: EncoderTraining, negatives: int = 3) -> dict[str, Any]:
         by_image = jax.nn.logsumexp(jnp.concatenate([among, hard], axis=1), axis=1) - own
         by_text = jax.nn.logsumexp(among, axis=0) - own
         right = (own > hard.max(axis=1)).mean()
-        return (by_image + by_text).mean(), {"contrastive": (by_image + by_text).mean(), "right": right}
+        reading = attribute_loss(readings(images, weights, ATTRIBUTES), batch[2])
+        contrastive = (by_image + by_text).mean()
+        loss = contrastive + reading / len(ATTRIBUTES)
+        return loss, {"contrastive": contrastive, "right": right, "cross_entropy": reading}
 
     def batch_fn(rng: np.random.Generator, progress: float) -> Any:
         taken, labels = pictures.take(rng, cfg.batch)
         rows = captions(labels, rng, negatives)
         words = mini.tokenize([text for row in rows for text in row])
-        return taken, words.reshape(cfg.batch, 1 + negatives, -1)
+        return taken, words.reshape(cfg.batch, 1 + negatives, -1), labels
 
     def evaluate(weights: Weights) -> dict[str, float]:
         return text_measures(_filled(declared, weights), pictures.held_out["drawn"], 256)
 
-    start = params.flat(params.initialize(declared, cfg.seed))
+    heads = reading_heads(mini.CLIP.projection_dim, ATTRIBUTES)
+    start = {**params.flat(params.initialize(declared, cfg.seed)), **heads}
     start["logit_scale"] = jnp.asarray(np.log(10.0), jnp.float32)
     state = fit(_budget(cfg), start, loss_fn, batch_fn, evaluate)
     folder = cfg.out / mini.CLIP_FOLDER
