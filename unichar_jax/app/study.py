@@ -219,7 +219,7 @@ def jobs(variants: Sequence[str], characters: Sequence[str], seeds: Sequence[int
 
 def shipped(name: str) -> Path:
     """A folder as given, or one that ships under ``checkpoints/``."""
-    found = next((p for p in (Path(name), presets.resource_dir("checkpoints") / name) if p.is_dir()), None)
-    if found is None:
+    found = presets.folder_or_shipped(name)
+    if not found.is_dir():
         raise UserError(f"'{name}': not a directory, and nothing of that name ships; give a folder.")
     return found

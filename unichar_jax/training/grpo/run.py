@@ -101,7 +101,7 @@ def prepare(
         mesh=mesh,
     )
     sources = Sources(
-        _encoder_folder(cfg),
+        presets.folder_or_shipped(cfg.encoders),
         lambda: trainer.model,  # bound below, before anything is scored
         base.cfg,
         base.tokenizer,
@@ -126,12 +126,6 @@ def prepare(
         mesh,
     )
     return trainer, layout, state, declared
-
-
-def _encoder_folder(cfg: GRPOConfig) -> Path:
-    """A folder as given, or one that ships under ``checkpoints/``."""
-    given = Path(cfg.encoders)
-    return given if given.is_dir() else presets.resource_dir("checkpoints") / cfg.encoders
 
 
 def train(
