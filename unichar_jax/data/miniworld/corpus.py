@@ -42,8 +42,9 @@ TASKS = (
     "knowledge",
     "describe",
     "knowledge_mcq",
+    "yes_no",
 )
-LOOKED_AT = ("vqa", "mcq", "describe")
+LOOKED_AT = ("vqa", "yes_no", "mcq", "describe")
 DRAWN = ("caption", "partial_caption", "t2i", "t2i_with_thinking")
 CAPTION_DROPOUT = 0.1
 
@@ -68,7 +69,7 @@ class Stage:
 
 
 PICTURES = Stage(
-    dict(caption=28, partial_caption=4, describe=8, vqa=8),
+    dict(caption=28, partial_caption=4, describe=8, vqa=4, yes_no=4),
     rows=16,
     capacities=layout.Sizes(text=112, vit=25, latent=144),
     questions=3,
@@ -76,7 +77,7 @@ PICTURES = Stage(
 """First: drawing, and a little looking; drawing takes longest to learn."""
 
 LOOKING = Stage(
-    dict(describe=30, vqa=8, caption=12, partial_caption=2, dialogue=3),
+    dict(describe=30, vqa=5, yes_no=3, caption=12, partial_caption=2, dialogue=3),
     rows=16,
     capacities=layout.Sizes(text=184, vit=75, latent=72),
     questions=6,
@@ -91,7 +92,8 @@ EVERYTHING = Stage(
         t2i_with_thinking=1,
         dialogue=6,
         describe=5,
-        vqa=9,
+        vqa=4,
+        yes_no=5,
         mcq=2,
         knowledge=5,
         knowledge_mcq=2,
@@ -99,7 +101,7 @@ EVERYTHING = Stage(
     rows=16,
     capacities=layout.Sizes(text=208, vit=25, latent=72),
 )
-"""Then: all tasks but plans in words, whose prompts are longer than a row and which customisation teaches."""
+"""Last: all tasks but plans in words, whose prompts are longer than a row and which customisation teaches."""
 
 
 def texts_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +122,8 @@ def texts_of(record: dict[str, Any]) -> dict[str, Any]:
                 templates.thinking_reply(r["thinking"], r["generation_instruction"]),
             )
         ],
-        vqa=[(q["question"], q["answer"]) for q in r["vqa"]],
+        vqa=[(q["question"], q["answer"]) for q in r["vqa"] if q["type"] != "yes_no"],
+        yes_no=[(q["question"], q["answer"]) for q in r["vqa"] if q["type"] == "yes_no"],
         mcq=[(templates.multiple_choice(q["question"], q["options"]), q["answer_key"]) for q in r["mcq"]],
         knowledge=[(f"{r['description']}\n\n{q['question']}", q["answer"]) for q in r["knowledge"]],
         describe=[(question, r["caption"]) for question in DESCRIBE],
@@ -264,7 +267,7 @@ class PretrainingData:
             ]
         elif task in LOOKED_AT:
             parts.append(self._look_at(index))
-            k = questions if task == "vqa" else 1
+            k = questions if task in ("vqa", "yes_no") else 1
             for j in rng.permutation(len(items))[:k]:
                 question, answer = items[int(j)]
                 parts += [layout.TextPart(question), layout.TextPart(answer, loss=True)]
