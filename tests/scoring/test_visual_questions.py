@@ -83,7 +83,7 @@ def test_it_is_what_the_model_says_step_by_step(model, images):
     cache = kv.prefill_vit(model, kv.empty(model, 1, 64), patches[None], grid[None], jnp.array([len(grid)]))
     cache = kv.prefill_text(model, cache, frame("Is it?"), jnp.array([8]))
     log_probs = []
-    for answer in ("yes", "no"):
+    for answer in ("Yes.", "No."):  # as stage 1 taught answers
         ids = frame(answer)
         log_probs.append(float(text.token_log_probs(model, cache, ids, jnp.array([ids.shape[1]])).sum()))
     expected = 1 / (1 + np.exp(log_probs[1] - log_probs[0]))

@@ -86,8 +86,14 @@ _DRAWINGS = {
         ("t2i", "t2i_with_thinking", "pure_t2i", "t2i_generation_instruction_only"), 1.0
     )
 }
-# Adapters take larger steps than whole matrices.
-_LORA = {"trainable": "lora", "lora.rank": 16, "lora.alpha": 32.0, "optimizer.learning_rate": 1e-3}
+# Muon is for whole matrices.
+_LORA = {
+    "trainable": "lora",
+    "lora.rank": 16,
+    "lora.alpha": 32.0,
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 1e-3,
+}
 
 _ALL = (
     Variant("originals", "held-out originals", 0, held_out=True),

@@ -1,8 +1,8 @@
 """Visual questions, answered by the model's own frozen understanding expert.
 
 A question with choices is worth the probability of the expected answer among the choices: each choice is a
-whole answer (``BOS choice EOS``) whose probability the model gives after the picture and the question, and
-they are normalised among each other. That is a number between 0 and 1 with a slope everywhere, where a
+whole answer (``BOS choice EOS``, written as a sentence, as stage 1 taught answers: "Yes.") whose probability
+the model gives after the picture and the question, and they are normalised among each other. That is a number between 0 and 1 with a slope everywhere, where a
 generated answer is right or wrong by its spelling. An open question has no choices to compare; its worth is
 the geometric mean of its answer's token probabilities. A picture's score is the weighted mean over its
 questions; a prompt without questions is asked whether the picture shows it.
@@ -54,6 +54,12 @@ def choices_of(question: RLQuestion) -> tuple[str, ...]:
     answers = {a.strip().lower(): a.strip() for a in reversed((question.answer, *options))}
     expected = question.answer.strip().lower()
     return (answers.pop(expected), *reversed(answers.values()))
+
+
+def sentence(answer: str) -> str:
+    """An answer as a dialogue has it: a capital at the beginning, a stop at the end."""
+    answer = answer.strip()
+    return answer[:1].upper() + answer[1:] + ("" if answer.endswith((".", "!", "?")) else ".")
 
 
 def distinct(questions: Sequence[RLQuestion]) -> list[RLQuestion]:
@@ -148,7 +154,7 @@ class VisualQuestions:
     def _answer(self, seen: KVCache, asked: Sequence[_Asked], first: int) -> list[float]:
         tokens = self._model().cfg.special_tokens
         frame = lambda s: [tokens.bos, *self._tokenizer.encode(s), tokens.eos]  # noqa: E731
-        rows = [(a.picture - first, a.question, answer) for a in asked for answer in a.answers]
+        rows = [(a.picture - first, a.question, sentence(answer)) for a in asked for answer in a.answers]
         size = max(len(rows), self._batch_size)
         rows += [rows[-1]] * (size - len(rows))
         questions, question_lengths = _padded([frame(q) for _, q, _ in rows])
