@@ -2,10 +2,11 @@
 
 A question with choices is worth the probability of the expected answer among the choices: each choice is a
 whole answer (``BOS choice EOS``, written as a sentence, as stage 1 taught answers: "Yes.") whose probability
-the model gives after the picture and the question, and they are normalised among each other. That is a number between 0 and 1 with a slope everywhere, where a
-generated answer is right or wrong by its spelling. An open question has no choices to compare; its worth is
-the geometric mean of its answer's token probabilities. A picture's score is the weighted mean over its
-questions; a prompt without questions is asked whether the picture shows it.
+the model gives after the picture and the question, and they are normalised among each other. That is a
+number between 0 and 1 with a slope everywhere, where a generated answer is right or wrong by its spelling.
+An open question has no choices to compare; its worth is the geometric mean of its answer's token
+probabilities. A picture's score is the weighted mean over its questions; a prompt without questions is asked
+whether the picture shows it.
 
 No second model is needed: stage 2 never trains what understands, so the judge stays what stage 1 made of
 it. It is a reward that a policy could learn to please; evaluation should ask somebody else.
