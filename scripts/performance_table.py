@@ -1,7 +1,8 @@
 """Writes the tables of speed and memory in README.md and docs/performance.md from the records of ``unichar bench``.
 
-A table stands between ``<!-- benchmarks: KIND -->`` and ``<!-- end -->``, where KIND is compiled or measured;
-everything between them is replaced. Records are in docs/benchmarks, one file for each kind of device.
+A table stands between ``<!-- benchmarks: KIND -->`` and ``<!-- end -->``, where KIND is compiled, measured, or
+memory (of compiled programs, and no more); everything between them is replaced. Records are in docs/benchmarks,
+one file for each kind of device.
 
     python scripts/performance_table.py            # write
     python scripts/performance_table.py --check    # exit code 1 if a document says something else
@@ -21,7 +22,7 @@ RECORDS = REPOSITORY / "docs" / "benchmarks"
 DOCUMENTS = ("README.md", "docs/performance.md")
 
 GIB, TERA = 2**30, 1e12
-_TABLE = re.compile(r"(<!-- benchmarks: (compiled|measured) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- benchmarks: (compiled|measured|memory) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Record = dict[str, Any]
 
@@ -33,6 +34,38 @@ def records(folder: Path = RECORDS) -> list[Record]:
 
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _ordered(found: list[Record]) -> list[Record]:
+    return sorted(found, key=lambda r: ("lora" in r["command"], r["command"]))
+
+
+def _kernel(r: Record) -> str:
+    return f"`{r['kernel']}`" + ("" if r["proven"] else " (a stand-in)")
+
+
+def _device_memory(r: Record) -> str:
+    memory = r["memory"]
+    if memory is None:
+        return f"no room in {r['chip_memory'] / GIB:.1f}"
+    used = sum(memory[k] for k in ("arguments", "outputs", "temporaries", "code")) - memory["reused"]
+    return f"{used / GIB:.1f} of {r['chip_memory'] / GIB:.1f}" + ("" if r["fits"] else ": does not fit")
+
+
+def memory_table(found: list[Record]) -> str:
+    """What fits where."""
+    lines = [
+        _row("`unichar plan` ...", "memory of a device, GiB", "of its host", "kernel", "mark"),
+        "|---|---|---|---|---|",
+    ]
+    for r in _ordered(found):
+        command = r["command"].removeprefix("unichar plan ")
+        lines.append(_row(f"`{command}`", _device_memory(r), _host_memory(r), _kernel(r), "compiled"))
+    return "\n".join(lines) + "\n"
+
+
+def _host_memory(r: Record) -> str:
+    return f"{r['memory']['host'] / GIB:.1f}" if r["memory"] else "–"
 
 
 def compiled_table(found: list[Record]) -> str:
@@ -50,18 +83,15 @@ def compiled_table(found: list[Record]) -> str:
         ),
         "|---|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(found, key=lambda r: ("lora" in r["command"], r["command"])):
-        memory, limit = r["memory"], r["chip_memory"] / GIB
-        device = sum(memory[k] for k in ("arguments", "outputs", "temporaries", "code")) - memory["reused"]
-        devices = r["devices"]
+    for r in _ordered(found):
         sent = sum(c["traffic"] for c in r["collectives"]) / 1e9
         lines.append(
             _row(
                 f"`{r['command']}`",
-                f"`{r['kernel']}`" + ("" if r["proven"] else " (a stand-in)"),
-                f"{device / GIB:.1f} of {limit:.1f}" + ("" if r["fits"] else ": does not fit"),
-                f"{memory['host'] / GIB:.1f}",
-                f"{r['useful'] / devices / TERA:.0f}, {r['floor_seconds']:.2f} s",
+                _kernel(r),
+                _device_memory(r),
+                _host_memory(r),
+                f"{r['useful'] / r['devices'] / TERA:.0f}, {r['floor_seconds']:.2f} s",
                 f"{r['recomputed']:+.0%}",
                 f"{sent:.0f} GB, {r['link_seconds']:.2f} s",
                 "compiled",
@@ -103,11 +133,11 @@ def measured_table(found: list[Record]) -> str:
 
 def rendered(text: str, found: list[Record]) -> str:
     """A document with its tables made anew."""
-    make = {"compiled": compiled_table, "measured": measured_table}
+    make = {"compiled": compiled_table, "measured": measured_table, "memory": memory_table}
 
     def table(match: re.Match[str]) -> str:
-        kind = match[2]
-        return match[1] + make[kind]([r for r in found if r["mark"] == kind]) + match[3]
+        mark = "compiled" if match[2] == "memory" else match[2]
+        return match[1] + make[match[2]]([r for r in found if r["mark"] == mark]) + match[3]
 
     return _TABLE.sub(table, text)
 

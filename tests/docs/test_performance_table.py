@@ -16,7 +16,7 @@ RECORDS = SCRIPT["records"]()
 @pytest.mark.parametrize("document", SCRIPT["DOCUMENTS"])
 def test_documents_and_records_agree(document):
     text = (REPOSITORY / document).read_text("utf-8")
-    assert "<!-- benchmarks: compiled -->" in text
+    assert SCRIPT["_TABLE"].search(text)
     again = "run python scripts/performance_table.py"
     assert SCRIPT["rendered"](text, RECORDS) == text, again
 
@@ -32,11 +32,13 @@ def test_what_the_documents_promise_fits():
     fits = {
         (r["command"].split()[2], r["topology"]) for r in RECORDS if r["mark"] == "compiled" and r["fits"]
     }
-    assert {("sft-bagel-7b", t) for t in ("v5p:2x2x2", "h200:1x1x8")} <= fits
+    assert {("sft-bagel-7b", t) for t in ("v5e:8x8", "v5p:2x2x2", "v6e:4x4", "h200:1x1x8")} <= fits
     assert ("sft-lora-bagel-7b", "h200:1x1x1") in fits
     for r in RECORDS:
         if r["mark"] == "compiled":
             assert r["proven"] and sum(r["capacities"]) == 12_288
             assert r["parameters"] > 14e9
-            # Gradients are scattered to their shards; what is summed on every device is small.
-            assert sum(c["payload"] for c in r["collectives"] if c["kind"] == "all-reduce") < 1e9
+            # Gradients are scattered to their shards; what is summed on every device is small. (Not so in the program
+            # for 64 v5e, whose gradients stand as all-reduces; docs/performance.md says it.)
+            summed = sum(c["payload"] for c in r["collectives"] if c["kind"] == "all-reduce")
+            assert (summed < 1e9) == (r["topology"] != "v5e:8x8")
