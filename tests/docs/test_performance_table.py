@@ -33,7 +33,7 @@ def test_what_the_documents_promise_fits():
         (r["command"].split()[2], r["topology"]) for r in RECORDS if r["mark"] == "compiled" and r["fits"]
     }
     assert {("sft-bagel-7b", t) for t in ("v5e:8x8", "v5p:2x2x2", "v6e:4x4", "h200:1x1x8")} <= fits
-    assert ("sft-lora-bagel-7b", "h200:1x1x1") in fits
+    assert {("sft-lora-bagel-7b", t) for t in ("v5e:2x4", "h200:1x1x1")} <= fits
     for r in RECORDS:
         if r["mark"] == "compiled":
             assert r["proven"] and sum(r["capacities"]) == 12_288

@@ -121,6 +121,16 @@ def test_sharding_is_invisible(plain, sizes) -> None:
     _assert_same(_gradients(mesh=mesh), plain)
 
 
+def test_both_sides_of_every_adapter_are_split() -> None:
+    """At the preset's size, whole copies of one side alone would be gigabytes on every device."""
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+    declared = model_lora.add_lora(UnifiedModel(CFG, Compute()), 4, 4.0)
+    shapes = params.flat(params.abstract(declared, mesh))
+    adapters = {n: s for n, s in shapes.items() if n.endswith(("lora_a", "lora_b"))}
+    assert len(adapters) == 2 * 2 * 7
+    assert all("fsdp" in tuple(s.sharding.spec) for s in adapters.values())
+
+
 def test_accumulation_equals_the_large_batch(plain) -> None:
     _assert_same(_gradients(dataclasses.replace(SFT, accumulate=2)), plain)
 

@@ -57,9 +57,9 @@ def declare(module: UnifiedModel, places: Places, alpha: float = 1.0) -> Unified
         spec = dense.kernel.get_value()
         (*lead, d_in, d_out), (*lead_dims, in_dim, out_dim) = spec.shape, spec.dims
         dense.lora_a = params.declare(
-            (*lead, d_in, rank), (*lead_dims, in_dim, None), params.normal(alpha / rank**2)
+            (*lead, d_in, rank), (*lead_dims, in_dim, "rank"), params.normal(alpha / rank**2)
         )
-        dense.lora_b = params.declare((*lead, rank, d_out), (*lead_dims, None, out_dim), params.zeros)
+        dense.lora_b = params.declare((*lead, rank, d_out), (*lead_dims, "rank", out_dim), params.zeros)
     return module
 
 

@@ -29,6 +29,7 @@ AXES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "rank": "fsdp",  # of an adapter's side that has no "embed": an axis is used once per array
     "vision_embed": "fsdp",
     "vision_heads": "tensor",
     "vision_mlp": "tensor",
