@@ -225,7 +225,7 @@ def train(cfg: Pretraining) -> None:
         log_every=10,
         hooks=[(cfg.save_every, sheet)],
     )
-    loop.run(loop.resume(state))
+    sheet(sft.steps, loop.run(loop.resume(state)))
 
 
 if __name__ == "__main__":
