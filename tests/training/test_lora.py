@@ -243,4 +243,4 @@ def test_the_file_loads_around_a_base_on_another_mesh(run: Path, base: Path) -> 
         assert np.array_equal(np.asarray(x), np.asarray(y)), name
         assert y.sharding.mesh.shape == mesh.shape, name
     sharding = params.flat(there)["decoder.layers.und.down.lora_a"].sharding
-    assert tuple(sharding.spec) == (None, "tensor", None)
+    assert tuple(sharding.spec) == (None, "tensor", "fsdp")
