@@ -13,6 +13,10 @@ from PIL import Image, ImageDraw
 
 # Eight simulated devices for the sharding tests; set before anything touches a device.
 jax.config.update("jax_num_cpu_devices", 8)
+# On few cores they wait long for each other, and XLA would abort the whole process after 40 seconds of that.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
