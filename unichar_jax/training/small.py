@@ -248,7 +248,8 @@ def fit(
         began, progress = clock(), seconds / whole
         rate = budget.rate_at(step, progress)
         batch = batch_fn(np.random.default_rng((budget.seed, step)), progress)
-        state, metrics = step_fn(state, jax.device_put(batch, split), rate)
+        # Waited for: the budget counts time, and simulated devices that share few cores may not run ahead.
+        state, metrics = jax.block_until_ready(step_fn(state, jax.device_put(batch, split), rate))
         history.append(metrics)
         step += 1
         shapes = str(jax.tree.map(np.shape, batch))
