@@ -43,7 +43,7 @@ def _words():
 def test_patches_are_those_of_the_loader():
     pixels = np.random.default_rng(0).normal(size=(2, 70, 70, 3)).astype(np.float32)
     expected = np.stack([images.patchify(p, 14) for p in pixels])
-    np.testing.assert_array_equal(seeing.patches(jnp.asarray(pixels), 14), expected)
+    np.testing.assert_array_equal(seeing.patchify(jnp.asarray(pixels), 14), expected)
 
 
 def test_the_right_words_cost_least_and_colours_may_change_places():

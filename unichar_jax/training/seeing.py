@@ -24,6 +24,7 @@ from unichar_jax.data.images import MINI_VIT_TRANSFORM, position_ids
 from unichar_jax.data.miniworld.world import ATTRIBUTES
 from unichar_jax.data.tokenizer import Tokenizer
 from unichar_jax.models import params
+from unichar_jax.models.autoencoder import patchify
 from unichar_jax.models.decoder import Compute
 from unichar_jax.models.encoders.transformer import unit
 from unichar_jax.models.streams import TokenMeta
@@ -36,17 +37,9 @@ SEED, HELD_OUT_SEED = 11, 1_000_011
 SIDE = MINI_VIT_TRANSFORM.max_size
 
 
-def patches(images: jax.Array, patch: int) -> jax.Array:
-    """Images ``[B, S, S, 3]`` to tokens ``[B, (S/patch)**2, patch * patch * 3]``, as ``images.patchify``."""
-    b, side, _, channels = images.shape
-    n = side // patch
-    x = images.reshape(b, n, patch, n, patch, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, n * n, patch * patch * channels)
-
-
 def look(tower: VisionTower, images: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Images ``[B, 70, 70, 3]`` in [-1, 1] to the tower's features, ``[B, 25, hidden]``."""
-    tokens = patches(images, cfg.vision.patch_size)
+    tokens = patchify(images, cfg.vision.patch_size)
     b, n = tokens.shape[:2]
     side = images.shape[1] // cfg.vision.patch_size
     grid = np.broadcast_to(position_ids(side, side, cfg.vision.max_patches_per_side), (b, n))
