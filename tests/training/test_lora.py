@@ -15,6 +15,7 @@ import pytest
 from tests.parity.golden import relative_l2
 from tests.training.batches import CAPACITIES, random_batch
 from unichar_jax.checkpoint import convert, lora, runs, store
+from unichar_jax.checkpoint.weights import OrbaxWeights, orbax_item
 from unichar_jax.config import presets
 from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import LoraConfig, SaveConfig, SFTConfig
@@ -42,15 +43,22 @@ SFT = SFTConfig(
 # -- the step ---------------------------------------------------------------------------------------
 
 
-def _gradients(cfg: SFTConfig = SFT, mesh=None, remat: str = "none"):
-    """Loss and gradients of one step, from weights and adapters without a zero among them."""
-    compute = Compute(dtype="float32", remat=remat)
+def _gradients(
+    cfg: SFTConfig = SFT, mesh=None, remat: str = "none", dtype: str = "float32", frozen: str = "float32"
+):
+    """Loss and gradients of one step, from weights and adapters without a zero among them.
+
+    Weights are numbers that ``dtype`` has; those that do not learn are kept in ``frozen``.
+    """
+    compute = Compute(dtype=dtype, remat=remat)
     declared = model_lora.add_lora(UnifiedModel(CFG, compute), cfg.lora.rank, cfg.lora.alpha)
     rng = np.random.default_rng(2)
     weights = jax.tree.map(
-        lambda x: np.asarray(x + 0.02 * rng.standard_normal(x.shape, np.float32)),
+        lambda x: np.asarray((x + 0.02 * rng.standard_normal(x.shape, np.float32)).astype(dtype), np.float32),
         params.initialize(declared, 1),
     )
+    declared = state_lib.frozen_in(frozen, declared, cfg.trainable)
+    weights = jax.tree.map(lambda x, spec: x.astype(spec.dtype), weights, declared)
     weights = jax.device_put(weights, None if mesh is None else params.shardings(declared, mesh))
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     layout, state = state_lib.create(weights, declared, optimizer, trainable="lora", mesh=mesh)
@@ -131,6 +139,28 @@ def test_both_sides_of_every_adapter_are_split() -> None:
     assert all("fsdp" in tuple(s.sharding.spec) for s in adapters.values())
 
 
+def test_frozen_weights_lose_nothing_in_the_dtype_of_their_use() -> None:
+    wide, narrow = (_gradients(dtype="bfloat16", frozen=kept) for kept in ("float32", "bfloat16"))
+    _assert_same(narrow, wide)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "learns"),
+    [
+        ("lora", r".*\.lora_[ab]"),
+        ("gen", r"decoder\.\w+\.gen\..*|time_embedder\..*|latent_.*"),
+        ("all", ".*"),
+    ],
+)
+def test_what_learns_is_float32_and_the_rest_is_not(trainable: str, learns: str) -> None:
+    lora_config = LoraConfig(rank=2) if trainable == "lora" else LoraConfig()
+    cfg = SFTConfig(trainable=trainable, lora=lora_config, compute=Compute(dtype="bfloat16"))
+    dtypes = {name: spec.dtype for name, spec in params.named_leaves(sft.declare(cfg, CFG))}
+    learning = {name for name, dtype in dtypes.items() if dtype == np.float32}
+    assert learning == {name for name in dtypes if re.fullmatch(learns, name)} != set()
+    assert {dtypes[name] for name in dtypes.keys() - learning} <= {jnp.dtype(jnp.bfloat16)}
+
+
 def test_accumulation_equals_the_large_batch(plain) -> None:
     _assert_same(_gradients(dataclasses.replace(SFT, accumulate=2)), plain)
 
@@ -151,42 +181,68 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base"
 
 
-@pytest.fixture(scope="module")
-def run(base: Path, _tiny_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps on one device, with adapters in some places of both experts, and an average of them."""
-    folder = tmp_path_factory.mktemp("lora-run")
-    root = shutil.copytree(_tiny_template, folder / "data")
+def _experiment(base: Path, root: Path, folder: Path, **fields) -> SFTConfig:
+    """Three steps with adapters in some places of both experts, and an average of them."""
     cfg = presets.load(SFTConfig, "sft-debug")
     cfg = dataclasses.replace(
         cfg,
         base=str(base),
         data=dataclasses.replace(cfg.data, path=str(root), rows_per_device=1),
-        run_dir=str(folder / "run"),
+        run_dir=str(folder),
         steps=3,
         save=SaveConfig(every=3),
         trainable="lora",
         lora=LoraConfig(rank=2, alpha=4.0, targets=("q", "o", "down")),
     )
+    return dataclasses.replace(cfg, **fields)
+
+
+def _train(cfg: SFTConfig, devices: int = 1, **options) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         whole = sft.mesh_lib.make_mesh
-        patch.setattr(sft.mesh_lib, "make_mesh", lambda cfg: whole(MeshConfig(), jax.devices()[:1]))
-        return sft.train(cfg, quiet=True)
+        patch.setattr(sft.mesh_lib, "make_mesh", lambda cfg: whole(MeshConfig(), jax.devices()[:devices]))
+        return sft.train(cfg, quiet=True, **options)
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, _tiny_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora-run")
+    root = shutil.copytree(_tiny_template, folder / "data")
+    return _train(_experiment(base, root, folder / "run"))
 
 
 def test_training_moves_adapters_and_nothing_else(run: Path, base: Path) -> None:
     """Stored weights are the initial ones, bit for bit; every adapter has left its start."""
-    from unichar_jax.checkpoint.weights import OrbaxWeights, orbax_item
-
-    weights = OrbaxWeights(orbax_item(runs.resolve(run), "model", "weights"))
+    stored = _stored(runs.resolve(run))
     initial = store.unstack(UnifiedModel(CFG), store.load_model(base))
-    names = [n for n in weights.infos if n in initial]
-    assert len(names) == len(initial)
-    for name, x in weights.read(names):
-        assert np.array_equal(x, np.asarray(initial[name])), name
+    for name, x in initial.items():
+        assert np.array_equal(stored[name], np.asarray(x)), name
     adapters = lora.adapters_of(runs.resolve(run))
     assert len(adapters) == CFG.decoder.num_layers * 2 * 3 * 2
     moved = {n.split(".", 3)[3] for n, x in adapters.items() if n.endswith("lora_b") and np.any(x)}
     assert moved == {f"{e}.{t}.lora_b" for e in ("und", "gen") for t in ("q", "o", "down")}
+
+
+def _stored(step: Path) -> dict[str, np.ndarray]:
+    weights = OrbaxWeights(orbax_item(step, "model", "weights"))
+    return dict(weights.read(list(weights.infos)))
+
+
+def test_a_frozen_base_is_kept_and_saved_as_it_is_used(
+    base: Path, _tiny_template: Path, tmp_path: Path
+) -> None:
+    """In bfloat16, read back bit by bit after two steps, and after a third on another mesh still the base."""
+    root = shutil.copytree(_tiny_template, tmp_path / "data")
+    cfg = _experiment(base, root, tmp_path / "run", steps=2, save=SaveConfig(every=1))
+    cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype="bfloat16"))
+    before = _stored(runs.resolve(_train(cfg, rehearse=True)))
+    after = _stored(runs.resolve(_train(dataclasses.replace(cfg, steps=3), devices=2)))
+    initial = store.unstack(UnifiedModel(CFG), store.load_model(base, dtype=jnp.bfloat16))
+    assert before.keys() == after.keys()
+    for name, x in after.items():
+        learned = name.endswith((".lora_a", ".lora_b"))
+        assert x.dtype == (np.float32 if learned else jnp.bfloat16), name
+        assert np.array_equal(x, before[name] if learned else initial[name]) != learned, name
 
 
 def test_the_run_ends_with_a_file_of_its_own(run: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def load_model(
       path: a BAGEL directory, a model directory, or a training step.
       compute: how the module computes; does not touch what is loaded.
       mesh: arrays go straight to their place on this mesh; without one, to the default device.
-      dtype: of the loaded arrays; by default as stored.
+      dtype: of the loaded arrays, one for all or ``{name in the module: dtype}``; by default as stored.
       item: for a training step, the item to load: ``weights`` (the default) or ``ema``.
 
     Raises:
@@ -131,6 +131,12 @@ def _stored_names(name: str, spec: params.ArraySpec) -> list[str]:
     return params.unstacked_names(name, spec.shape[0]) if _is_stacked(spec.dims) else [name]
 
 
+def _dtype_of(name: str, dtype: Any, stored: ArrayInfo) -> np.dtype:
+    """What one array of a module is loaded in."""
+    chosen = dtype.get(name) if isinstance(dtype, Mapping) else dtype
+    return np.dtype(stored.dtype if chosen is None else chosen)
+
+
 def _is_stacked(dims: Sequence[str | None]) -> bool:
     return bool(dims) and dims[0] == params.LAYERS
 
@@ -140,7 +146,7 @@ def _array_from_views(
 ) -> jax.Array:
     """One array of a module, read as the slices that its shards need."""
     names = _stored_names(name, spec)
-    dtype = np.dtype(dtype or weights.infos[names[0]].dtype)
+    dtype = _dtype_of(name, dtype, weights.infos[names[0]])
 
     def block(index: Any) -> np.ndarray:
         # Always a copy: an array that aliased the file would change when the file does.
@@ -165,7 +171,7 @@ def _arrays_from_orbax(
     targets: dict[str, jax.ShapeDtypeStruct] = {}
     for name, spec in specs.items():
         for n in _stored_names(name, spec):
-            targets[n] = _target(_one_layer(spec), dtype or weights.infos[n].dtype, mesh)
+            targets[n] = _target(_one_layer(spec), _dtype_of(name, dtype, weights.infos[n]), mesh)
     stored = weights.load(targets) if targets else {}
     shardings = None
     if mesh is not None:

@@ -29,8 +29,8 @@ from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.training import state as state_lib
 from unichar_jax.training.metrics import USEFUL
 from unichar_jax.training.optimizer import make_optimizer
-from unichar_jax.training.plan import NUM_TASKS, Plan, assumed_capacities, declare
-from unichar_jax.training.sft import jit_step
+from unichar_jax.training.plan import NUM_TASKS, Plan, assumed_capacities
+from unichar_jax.training.sft import declare, jit_step
 from unichar_jax.training.throughput import device_name, peak_flops
 
 Record = dict[str, Any]

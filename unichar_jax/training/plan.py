@@ -21,15 +21,13 @@ from jax.sharding import Mesh
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.config.train import SFTConfig
 from unichar_jax.models import flops, kernels, params
-from unichar_jax.models.lora import add_lora
 from unichar_jax.models.streams import Batch, LatentStream, TextStream, TokenMeta, VitStream
-from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.parallel import program as program_lib
 from unichar_jax.parallel.program import Collective, Flops, Memory
 from unichar_jax.parallel.topology import GIB, Topology
 from unichar_jax.training.optimizer import make_optimizer, state_shardings
-from unichar_jax.training.sft import jit_step
+from unichar_jax.training.sft import declare, jit_step
 from unichar_jax.training.state import TRAINABLE, Layout, TrainState
 from unichar_jax.training.throughput import PASSES
 
@@ -133,14 +131,6 @@ def abstract_batch(cfg: ModelConfig, capacities: tuple[int, int, int], rows: int
     )
 
 
-def declare(cfg: SFTConfig, model: ModelConfig) -> UnifiedModel:
-    """The run's model, adapters included, as a tree of declarations."""
-    declared = UnifiedModel(model, cfg.compute)
-    if cfg.lora.rank:
-        declared = add_lora(declared, cfg.lora.rank, cfg.lora.alpha, cfg.lora.experts, cfg.lora.targets)
-    return declared
-
-
 def abstract_run(cfg: SFTConfig, model: ModelConfig, mesh: Mesh) -> tuple[Any, TrainState, Layout]:
     """The jitted training step, and the shapes and shardings of its state."""
     layout = Layout(declare(cfg, model))
@@ -219,7 +209,8 @@ def _work(capacities: tuple[int, int, int], rows: int) -> flops.Work:
 
 
 def _bytes_asked(message: str) -> float | None:
-    found = re.search(r"Used ([\d.]+)([KMG])i?B? of", message)
+    """What the TPU compiler asked for, of all or (if those alone are too much) of temporaries; None if not said."""
+    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMG])", message)
     return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[found[2]] if found else None
 
 
@@ -231,7 +222,7 @@ def cheapest_changes(
     split = mesh_lib.MeshConfig.resolve(cfg.mesh, topology.size)
     shards = split[1] * split[2]
     trained = sum(x.size for x in state.params.values()) / shards
-    everything = trained + sum(x.size for x in state.frozen.values()) / shards
+    frozen = sum(x.size * x.dtype.itemsize for x in state.frozen.values()) / shards  # bytes
     held = tokens * cfg.data.rows_per_device * d.num_layers * 2  # one bf16 number per token and layer
     projections = 2 * d.num_heads * d.head_dim + 2 * d.num_kv_heads * d.head_dim
     # What each policy keeps of a layer beyond its input; "none" keeps roughly every intermediate.
@@ -250,15 +241,14 @@ def cheapest_changes(
         changes.append(("optimizer.first_moment_dtype = bfloat16", 2 * trained))
     if optimizer.ema_decay:
         changes.append(("optimizer.ema_decay = 0 (no average of the weights)", 4 * trained))
-    changes.append(
-        ("a topology twice as large, mesh.fsdp over all of it", (12 * trained + 4 * everything) / 2)
-    )
+    changes.append(("a topology twice as large, mesh.fsdp over all of it", (16 * trained + frozen) / 2))
     if cfg.data.rows_per_device > 1:
         share = (cfg.data.rows_per_device - 1) / cfg.data.rows_per_device
         changes.append(("data.rows_per_device = 1 (and accumulate)", held * d.hidden_size * share))
     changes.append(("data.tokens_per_row halved", held * (d.hidden_size + kept.get(remat, 0)) / 2))
     if cfg.trainable == "all":
-        changes.append(("trainable = lora with lora.rank = 64", 12 * trained))
+        moments_and_precision = 16 - cfg.compute.jax_dtype.itemsize
+        changes.append(("trainable = lora with lora.rank = 64", moments_and_precision * trained))
     return changes
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -62,7 +61,8 @@ from unichar_jax.training.writers import make_writers
 
 @dataclass(frozen=True)
 class Base:
-    """What a run starts from. ``model`` is on the mesh, in float32; ``origin`` says where it came from."""
+    """What a run starts from. ``model`` is on the mesh, float32 where it is to be trained and else in the compute
+    dtype; ``origin`` says where it came from."""
 
     cfg: ModelConfig
     model: UnifiedModel
@@ -89,11 +89,12 @@ def load_base(cfg: SFTConfig | GRPOConfig, run: RunFolder, mesh: Mesh) -> Base:
     _furnish(run, source, cfg)
     model_cfg = store.load_config(run_dir)
     tokenizer = load_tokenizer(run_dir, model_cfg)
-    declared = UnifiedModel(model_cfg, cfg.compute)
+    declared = state_lib.frozen_in(cfg.compute.jax_dtype, UnifiedModel(model_cfg, cfg.compute), cfg.trainable)
     weights = None if source is None else _weights_of(source)
     if weights is not None:
         item = runs.weights_item(weights)
-        model = store.load_model(weights, compute=cfg.compute, mesh=mesh, dtype=jnp.float32, item=item)
+        dtypes = {name: spec.dtype for name, spec in params.named_leaves(declared)}
+        model = store.load_model(weights, compute=cfg.compute, mesh=mesh, dtype=dtypes, item=item)
         origin = f"{weights}: {len(params.flat(declared))} arrays, {params.count(declared):,} parameters"
     else:
         model = params.initialize(declared, cfg.seed, mesh)
@@ -165,15 +166,20 @@ def _write_furniture(folder: Path, source: Path | None, cfg: SFTConfig | GRPOCon
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def declare(cfg: SFTConfig | GRPOConfig, model: ModelConfig) -> UnifiedModel:
+    """The model of a run as a tree of declarations, with adapters where they are what learns."""
+    declared = UnifiedModel(model, cfg.compute)
+    if cfg.trainable == "lora":
+        lora = cfg.lora
+        declared = add_lora(declared, lora.rank, lora.alpha, lora.experts, lora.targets)
+    return state_lib.frozen_in(cfg.compute.jax_dtype, declared, cfg.trainable)
+
+
 def with_adapters(
     base: Base, cfg: SFTConfig | GRPOConfig, mesh: Mesh | None
 ) -> tuple[UnifiedModel, UnifiedModel]:
-    """Declarations and arrays of the model that is trained: the base, with adapters where they are what learns."""
-    declared = UnifiedModel(base.cfg, cfg.compute)
-    if cfg.trainable != "lora":
-        return declared, base.model
-    lora = cfg.lora
-    declared = add_lora(declared, lora.rank, lora.alpha, lora.experts, lora.targets)
+    """Declarations and arrays of the model that is trained: the base, and adapters around it if any."""
+    declared = declare(cfg, base.cfg)
     return declared, attach(base.model, declared, cfg.seed, mesh)
 
 

@@ -7,12 +7,14 @@ module.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -21,6 +23,7 @@ from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.training.optimizer import state_shardings
 
 Arrays = dict[str, jax.Array]
+M = TypeVar("M")
 
 # What each choice of ``trainable`` trains, by parameter name.
 TRAINABLE = {
@@ -71,6 +74,20 @@ class Layout:
             {k: v for k, v in arrays.items() if k in chosen},
             {k: v for k, v in arrays.items() if k not in chosen},
         )
+
+
+def frozen_in(dtype: Any, declared: M, trainable: str) -> M:
+    """The declarations of a run: what it does not train is kept in ``dtype``, that of its computations.
+
+    A weight is cast to it before every use (``params.gathered``), so a frozen one loses nothing by being kept in
+    it. What is trained stays float32, where small steps are not rounded away.
+    """
+    trained = re.compile(TRAINABLE[trainable])
+
+    def declare(name: str, spec: params.ArraySpec) -> params.ArraySpec:
+        return spec if trained.fullmatch(name) else dataclasses.replace(spec, dtype=np.dtype(dtype))
+
+    return params.map_named(declare, declared)
 
 
 def create(
