@@ -38,7 +38,7 @@ def test_what_the_documents_promise_fits():
         if r["mark"] == "compiled":
             assert r["proven"] and sum(r["capacities"]) == 12_288
             assert r["parameters"] > 14e9
-            # Gradients are scattered to their shards; what is summed on every device is small. (Not so in the program
-            # for 64 v5e, whose gradients stand as all-reduces; docs/performance.md says it.)
+            # A device keeps the sum of its own shard of a gradient: all of them in bfloat16 would be much more than
+            # what is summed whole, which are small weights (a sum that pads with zeros gathers, too) and scales.
             summed = sum(c["payload"] for c in r["collectives"] if c["kind"] == "all-reduce")
-            assert (summed < 1e9) == (r["topology"] != "v5e:8x8")
+            assert summed < 0.1 * 2 * r["trained"]

@@ -155,14 +155,41 @@ HloModule step
   ROOT %slice = f32[8,64]{1,0} dynamic-slice(%all-reduce.1, %input)
 }
 
-%start (p: bf16[8,64]) -> bf16[64,64] {
+%start (p: bf16[8,64]) -> (bf16[8,64], bf16[64,64]) {
   %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.1 = bf16[64,64]{1,0:T(8,128)} all-gather(%p), channel_id=3, replica_groups=mesh['a'=1,'b'=8] {'b'}
+  %all-gather.1 = bf16[64,64]{1,0:T(8,128)} all-gather(%p), channel_id=3, replica_groups=mesh['a'=1,'b'=8] {'b'}
+  ROOT %c.1 = (bf16[8,64], bf16[64,64]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.4 (p.2: bf16[8,64]) -> bf16[64,64] {
+  %p.2 = bf16[8,64]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[64,64] all-gather(%p.2), channel_id=3, replica_groups=mesh['a'=1,'b'=8] {'b'}
 }
 
 %done (p.1: bf16[8,64]) -> bf16[64,64] {
   %p.1 = bf16[8,64]{1,0} parameter(0)
-  ROOT %all-gather.2 = bf16[64,64] all-gather(%p.1), channel_id=3, replica_groups=mesh['a'=1,'b'=8] {'b'}
+  %all-gather.2 = bf16[64,64] all-gather(%p.1), channel_id=3, replica_groups=mesh['a'=1,'b'=8] {'b'}
+  ROOT %c.2 = bf16[64,64] custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%own (w: f32[8,64], all: bf16[64,64], place: s32[]) -> f32[8,64] {
+  %all = bf16[64,64]{1,0} parameter(1)
+  %place = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %slice.1 = bf16[8,64]{1,0} dynamic-slice(%all, %place, %zero), dynamic_slice_sizes={8,64}
+  ROOT %sum = f32[8,64] convert(%slice.1)
+}
+
+%inner_condition (c.3: (s32[])) -> pred[] {
+  %twenty-six = s32[] constant(26)
+  %c.3 = (s32[]) parameter(0)
+  ROOT %lt.3 = pred[] compare(%c.3, %twenty-six), direction=LT
+}
+
+%inner_body (b.3: (s32[])) -> (s32[]) {
+  %b.3 = (s32[]) parameter(0)
+  %swap = f32[4,4] collective-permute(%b.3), channel_id=10, source_target_pairs={{0,1},{1,0}}
+  ROOT %m = bf16[64,64] fusion(%b.3), kind=kCustom, calls=%async_collective_fusion.4
 }
 
 %condition (c: (s32[])) -> pred[] {
@@ -179,7 +206,16 @@ HloModule step
   %kernel = bf16[8,64] custom-call(%b), frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
 }}, metadata={op_name="x"}
-  %d = bf16[64,64] fusion(%s), kind=kCustom, calls=%done
+  %one = s32[] constant(1)
+  %counter = s32[] copy(%one)
+  %inner = (s32[]) tuple(%counter)
+  %while.2 = (s32[]) while(%inner), condition=%inner_condition, body=%inner_body
+  %d = bf16[64,64] fusion(%while.2), kind=kCustom, calls=%done
+  %both = (bf16[64,64], f32[64]) all-reduce(%d, %b), replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}
+  %first = bf16[64,64]{1,0} get-tuple-element(%both), index=0
+  %second = f32[64]{0} get-tuple-element(%both), index=1
+  %mine = f32[8,64] fusion(%h, %first, %s), kind=kLoop, calls=%own
+  %more = f32[64]{0} add(%second, %second)
   ROOT %r = f32[8,64] fusion(%d), kind=kCustom, calls=%all-reduce-scatter.3
 }
 
@@ -191,11 +227,15 @@ ENTRY %main (x: s32[]) -> (s32[]) {
 
 
 def test_what_the_tpu_compiler_writes():
-    """Its loops state no count, its reduce-scatter is a fusion, and its gathers stand in pieces."""
-    gather, reduce, permute = program.collectives(TPU_TEXT)
+    """Its loops state no count and may start at their second round; its reduce-scatter is a fusion, or a sum and a
+    slice; its gathers stand in pieces, some of them in the loops of what they overlap with."""
+    gather, reduce, sliced, whole, permute = program.collectives(TPU_TEXT)
     assert gather == Collective("all-gather", 28, 28 * 64 * 64 * 2, 28 * 64 * 64 * 2 * 7 / 8)
     assert reduce == Collective("reduce-scatter", 28, 28 * 64 * 64 * 4, 28 * 64 * 64 * 4 * 7 / 8)
-    assert permute == Collective("collective-permute", 28, 28 * 4 * 4 * 4, 28 * 4 * 4 * 4)
+    assert sliced == Collective(program.SLICED, 28, 28 * 64 * 64 * 2, 28 * 64 * 64 * 2 * 2 * 3 / 4)
+    assert whole == Collective("all-reduce", 28, 28 * 64 * 4, 28 * 64 * 4 * 2 * 3 / 4)
+    swaps = 28 + 28 * 25
+    assert permute == Collective("collective-permute", swaps, swaps * 4 * 4 * 4, swaps * 4 * 4 * 4)
 
 
 def test_topologies():
@@ -272,6 +312,24 @@ def test_plan_and_report(monkeypatch):
     assert tight.changes[0][0] in plan_lib.report(tight)
 
 
-def test_what_the_compiler_says_when_it_finds_no_room():
-    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm."
-    assert plan_lib._bytes_asked(message) == 17.25 * 2**30
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded hbm capacity by 1.50G.",
+            17.25,
+        ),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (17.74G) exceeds available"
+            " HBM (15.75G).",
+            17.74,
+        ),
+        ("Used 512.00M of 256.00M hbm.", 0.5),
+    ],
+)
+def test_what_the_compiler_says_when_it_finds_no_room(message, gib):
+    assert plan_lib._bytes_asked(f"RESOURCE_EXHAUSTED: {message}") == gib * 2**30
+
+
+def test_a_refusal_without_a_number_names_none():
+    assert plan_lib._bytes_asked("RESOURCE_EXHAUSTED: Failed to allocate request.") is None

@@ -126,7 +126,12 @@ def _convolution_flops(eqn: Any) -> float:
 
 # -- collectives -------------------------------------------------------------------------------------------
 
-_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+SLICED = "all-reduce, sliced"
+"""Kind of a sum of which every device keeps its own slice: what the TPU compiler makes of a reduce-scatter over all of
+a plane of 8 x 8 or more, also of one that is written as such (``jax.lax.psum_scatter``)."""
+
+_KINDS = ("all-gather", "reduce-scatter", SLICED, "all-reduce", "all-to-all", "collective-permute")
+_RINGS = {"all-reduce": 2, SLICED: 2}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -151,14 +156,17 @@ class Collective:
 def collectives(hlo: str) -> list[Collective]:
     """Collectives of a compiled program (its HLO text), each counted as often as its loop runs."""
     computations, entry = _parse(hlo)
+    times = _multiplicities(computations, entry)
     sums: dict[str, list[float]] = {}
-    for (kind, _), (times, payload, group) in _collective_calls(computations, entry).items():
-        if group > 1:
-            share = (group - 1) / group * (2 if kind == "all-reduce" else 1)
-            share = 1 if kind == "collective-permute" else share
-            total = sums.setdefault(kind, [0, 0.0, 0.0])
-            for i, x in enumerate((times, times * payload, times * payload * share)):
-                total[i] += x
+    for name, instructions in computations.items():
+        if not times.get(name) or _is_later_piece(name, instructions):
+            continue
+        for kind, payload, group in _collectives_of(name, computations):
+            if group > 1:
+                share = 1 if kind == "collective-permute" else _RINGS.get(kind, 1) * (group - 1) / group
+                total = sums.setdefault(kind, [0, 0.0, 0.0])
+                for i, x in enumerate((1, payload, payload * share)):
+                    total[i] += times[name] * x
     return [Collective(kind, int(sums[kind][0]), *sums[kind][1:]) for kind in _KINDS if kind in sums]
 
 
@@ -184,36 +192,77 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry
 
 
-def _collective_calls(
-    computations: dict[str, list[_Instruction]], entry: str
-) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """``{(kind, channel): (times, payload, group size)}``.
+def _is_later_piece(name: str, instructions: list[_Instruction]) -> bool:
+    """Whether a computation goes on with, or ends, a collective that another one starts (the TPU compiler's)."""
+    done = any('"AsyncCollectiveDone"' in i.rest for i in instructions)
+    return done or name.startswith("async_collective_fusion")
 
-    An asynchronous collective stands in the text up to three times, under one channel.
-    """
-    times = _multiplicities(computations, entry)
-    found: dict[tuple[str, str], tuple[float, float, int]] = {}
-    for name, instructions in computations.items():
-        for i in instructions:
-            kind = i.op.removesuffix("-start")
-            if kind not in _KINDS or not times.get(name):
-                continue
-            group = _group_size(i.rest)
-            payload = sum(_bytes(*a) for a in _ARRAY.findall(i.type))
-            if i.op in ("all-gather-start", "reduce-scatter-start"):
-                payload *= group / (group + 1)  # a start returns parts and wholes: one of each
-            elif i.op == "collective-permute-start":
-                # What is sent, what is received, and counters.
-                payload = sum(_bytes(*a) for a in _ARRAY.findall(i.type) if a[1]) / 2
-            elif kind == "reduce-scatter":
-                payload *= group
-            elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # the TPU compiler's fusion of an all-reduce and a slice
-            channel = re.search(r"channel_id=(\d+)", i.rest)
-            key = (kind, channel[1] if channel else f"{name}/{i.name}")
-            if times[name] > found.get(key, (0,))[0]:
-                found[key] = (times[name], payload, group)
-    return found
+
+def _collectives_of(
+    name: str, computations: dict[str, list[_Instruction]]
+) -> Iterator[tuple[str, float, int]]:
+    """``(kind, payload, group size)`` of the collectives in a computation."""
+    for i in computations[name]:
+        kind = i.op.removesuffix("-start")
+        if kind not in _KINDS:
+            continue
+        group = _group_size(i.rest)
+        arrays = [_bytes(*a) for a in _ARRAY.findall(i.type)]
+        if i.op in ("all-gather-start", "reduce-scatter-start"):
+            yield kind, sum(arrays) * group / (group + 1), group  # parts and wholes: one of each
+        elif i.op == "collective-permute-start":
+            # What is sent, what is received, and counters.
+            yield kind, sum(_bytes(*a) for a in _ARRAY.findall(i.type) if a[1]) / 2, group
+        elif kind == "reduce-scatter":
+            yield kind, sum(arrays) * group, group
+        elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+            yield (
+                "reduce-scatter",
+                sum(arrays),
+                group,
+            )  # the TPU compiler's fusion of an all-reduce and a slice
+        elif kind == "all-reduce":
+            sliced = [_is_sliced(value, name, computations) for value in _values(i, computations[name])]
+            for part, now in ((SLICED, True), (kind, False)):
+                if now in sliced:
+                    yield part, sum(a for a, s in zip(arrays, sliced, strict=True) if s == now), group
+        else:
+            yield kind, sum(arrays), group
+
+
+def _values(i: _Instruction, computation: list[_Instruction]) -> list[str]:
+    """Names of what an instruction gives: its own, or of the elements that are taken from its tuple ("" if none)."""
+    if not i.type.startswith("("):
+        return [i.name]
+    taken = {}
+    for user in computation:
+        if user.op == "get-tuple-element" and _operands(user) == [i.name]:
+            taken[int(re.search(r"index=(\d+)", user.rest)[1])] = user.name  # type: ignore[index]
+    return [taken.get(n, "") for n in range(len(_ARRAY.findall(i.type)))]
+
+
+def _is_sliced(value: str, name: str, computations: dict[str, list[_Instruction]]) -> bool:
+    """Whether all that a computation does with a value is to take a slice of it."""
+    users = [i for i in computations[name] if value in _operands(i)]
+    for user in users:
+        if user.op == "fusion":
+            inner = dict(_CALLS.findall(user.rest))["calls"]
+            number = f"{_operands(user).index(value)})"
+            argument = next(
+                i.name for i in computations[inner] if i.op == "parameter" and i.rest.startswith(number)
+            )
+            sliced = _is_sliced(argument, inner, computations)
+        elif user.op in ("bitcast", "convert", "copy", "copy-start", "copy-done", "reshape", "transpose"):
+            sliced = _is_sliced(user.name, name, computations)
+        else:
+            sliced = user.op == "dynamic-slice"
+        if not sliced:
+            return False
+    return bool(users)
+
+
+def _operands(i: _Instruction) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", i.rest.partition(")")[0])
 
 
 def _multiplicities(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, float]:
@@ -226,7 +275,7 @@ def _multiplicities(computations: dict[str, list[_Instruction]], entry: str) -> 
             called = _CALLS.findall(i.rest)
             for group in _BRANCHES.findall(i.rest):
                 called += [("branch", b.strip().lstrip("%")) for b in group.split(",")]
-            loops = _trip_count(i, computations) if i.op == "while" else 1
+            loops = _trip_count(i, computations[name], computations) if i.op == "while" else 1
             for _, inner in called:
                 visit(inner, n * loops)
 
@@ -234,20 +283,37 @@ def _multiplicities(computations: dict[str, list[_Instruction]], entry: str) -> 
     return times
 
 
-def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
-    """Of a counted loop: stated by the compiler, or the constant that its condition compares with; else 1."""
+def _trip_count(
+    loop: _Instruction, around: list[_Instruction], computations: dict[str, list[_Instruction]]
+) -> int:
+    """Of a counted loop: stated by the compiler, or from its counter's start to the constant that the condition
+    compares it with; else 1."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    condition = dict(_CALLS.findall(loop.rest)).get("condition", "")
-    constants = [i.rest for i in computations.get(condition, ()) if i.op == "constant"]
-    if len(constants) == 1 and (number := re.match(r"(\d+)\)", constants[0])):
-        return int(number[1])
-    return 1
+    condition = computations.get(dict(_CALLS.findall(loop.rest)).get("condition", ""), [])
+    constants = [n for i in condition if (n := _constant(i)) is not None]
+    return constants[0] - _counter_start(loop, around) if len(constants) == 1 else 1
+
+
+def _counter_start(loop: _Instruction, around: list[_Instruction]) -> int:
+    """The first number that a loop carries is its counter: 0, or 1 where the compiler took the first round out."""
+    found = {i.name: i for i in around}
+    at: _Instruction | None = loop
+    while at is not None and at.op in ("while", "tuple", "copy"):
+        at = found.get(_operands(at)[0]) if _operands(at) else None
+    return (None if at is None else _constant(at)) or 0
+
+
+def _constant(i: _Instruction) -> int | None:
+    """The value of an integer constant."""
+    number = re.match(r"(\d+)\)", i.rest)
+    return int(number[1]) if i.op == "constant" and number else None
 
 
 def _group_size(attributes: str) -> int:
     """Devices that take part in one collective, from any of the three spellings of ``replica_groups``."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    # Between sizes and axes may stand the order of devices: "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}".
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
