@@ -397,7 +397,7 @@ prompts_per_round = 2
 group = 2
 held_out = 2
 pictures_every = 0
-rollout = {{ height = 32, width = 32, num_timesteps = 3, text_scale = 1.0 }}
+rollout = {{ height = 32, width = 32, num_timesteps = 3, window_range = [0, 2], text_scale = 1.0 }}
 reward = [{{ name = "{folder}/own.py:bright" }}]
 lora = {{ rank = 2, experts = ["gen"] }}
 compute = {{ dtype = "float32" }}

@@ -30,12 +30,20 @@ def letters(score):
 
 @pytest.mark.parametrize("reference", "ABCD")
 def test_preferring_a_letter_earns_chance(reference):
-    data = {"letters": letters(lambda letter, option: 5.0 * (letter == "B")), "texts": [[-1, 1]] * 4}
+    data = {
+        "letters": letters(lambda letter, option: 5.0 * (letter == "B")),
+        "texts": [[-1, 1]] * 4,
+        "text": "",
+    }
     assert texts.choice(question(reference), data)["accuracy"] == 0.25
 
 
 def test_knowing_the_option_is_right_at_every_letter():
-    data = {"letters": letters(lambda letter, option: np.log(7.0) * (option == 2)), "texts": [[-4, 4]] * 4}
+    data = {
+        "letters": letters(lambda letter, option: np.log(7.0) * (option == 2)),
+        "texts": [[-4, 4]] * 4,
+        "text": "",
+    }
     found = texts.choice(question("C"), data)
     assert found["accuracy"] == 1.0
     assert found["probability"] == pytest.approx(7 / 10)
@@ -43,9 +51,28 @@ def test_knowing_the_option_is_right_at_every_letter():
 
 
 def test_option_texts_are_compared_per_token():
-    data = {"letters": letters(lambda *_: 0.0), "texts": [[-3, 2], [-4, 4], [-2, 1], [-9, 3]]}
+    data = {"letters": letters(lambda *_: 0.0), "texts": [[-3, 2], [-4, 4], [-2, 1], [-9, 3]], "text": ""}
     assert texts.choice(question("B"), data)["text_accuracy"] == 1.0  # -1 a token, though not the largest sum
     assert texts.choice(question("C"), data)["text_accuracy"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("Pip is a sailor.", "B"),  # whole answers mean the option they name
+        ("a SAILOR", "B"),
+        ("Pip is a baker and a sailor.", ""),  # two are named: neither is meant
+        ("Pip is a king.", ""),
+        ("", ""),
+        ("He lives in the red house.", "D"),  # shares two words with D and one with C
+    ],
+)
+def test_an_answer_in_own_words_means_the_option_it_shares_most_words_with(text, meant):
+    options = (("A", "a baker"), ("B", "a sailor"), ("C", "the blue house"), ("D", "the red house"))
+    for reference in "ABCD":
+        asked = Item("knowledge_mcq", "k", "Pip", Prompt("?"), "?", reference, options)
+        data = {"letters": letters(lambda *_: 0.0), "texts": [[-1, 1]] * 4, "text": text}
+        assert texts.choice(asked, data)["answer_accuracy"] == float(meant == reference)
 
 
 def test_free_answers():

@@ -42,11 +42,15 @@ def knower(case, **options):
 
 
 def test_results_are_known(pip, tmp_path):
-    subject = knower(pip, say=lambda prompt, seed: "Ahoy, matey! Pancakes! Zip zap ahoy!")
+    facts = {i.question: dict(i.options)[i.reference] for i in items(pip, "knowledge_mcq")}
+    subject = knower(
+        pip, say=lambda prompt, seed: facts.get(prompt.text, "Ahoy, matey! Pancakes! Zip zap ahoy!")
+    )
     results = run(subject, pip, tmp_path)
     mean = lambda task, metric: results.interval(task, metric).mean  # noqa: E731
     assert mean("knowledge_mcq", "accuracy") == 1.0
     assert mean("knowledge_mcq", "text_accuracy") == 1.0
+    assert mean("knowledge_mcq", "answer_accuracy") == 1.0
     assert mean("image_mcq", "accuracy") == 0.25  # scores no letter above another
     assert (mean("dialogue", "voice"), mean("dialogue", "catchphrase"), mean("dialogue", "words")) == (
         1,

@@ -234,7 +234,13 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         _MINI,
-        "Unified-SFT knows the character's facts: at least 70 % of multiple choice (chance: 25 %).",
+        "Unified-SFT knows the character's facts: at least 70 % of multiple choice (chance: 25 %), answered in own"
+        " words.",
+        (Check("sft", "knowledge_mcq", "answer_accuracy", least=0.7),),
+    ),
+    Claim(
+        _MINI,
+        "Unified-SFT names the letter of the right option: at least 70 % of multiple choice on facts (chance: 25 %).",
         (Check("sft", "knowledge_mcq", "accuracy", least=0.7),),
     ),
     Claim(
@@ -260,7 +266,7 @@ CLAIMS: tuple[Claim, ...] = (
         _PAPER,
         "One model for words and pictures is better in words than training on words only.",
         (
-            Check("sft", "knowledge_mcq", "accuracy", "text_only"),
+            Check("sft", "knowledge_mcq", "answer_accuracy", "text_only"),
             Check("sft", "reply_likelihood", "nats_per_char", "text_only"),
         ),
     ),
@@ -311,7 +317,7 @@ CLAIMS: tuple[Claim, ...] = (
         (
             _drawing("lora", "sft", "identity", _NEAR),
             _drawing("lora", "sft", "prompt_following", _NEAR),
-            Check("lora", "knowledge_mcq", "accuracy", "sft", _NEAR),
+            Check("lora", "knowledge_mcq", "answer_accuracy", "sft", _NEAR),
         ),
     ),
 )

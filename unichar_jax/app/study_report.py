@@ -26,6 +26,7 @@ COLUMNS = (
     ("t2i", "identity"),
     ("t2i", "prompt_following"),
     ("t2t2i", "consistency"),
+    ("knowledge_mcq", "answer_accuracy"),
     ("knowledge_mcq", "accuracy"),
     ("unseen_image_mcq", "accuracy"),
     ("vqa", "exact"),

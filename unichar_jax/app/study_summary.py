@@ -30,8 +30,8 @@ COST, WITHIN_A_THIRD = "cost", "within_a_third"
 
 _DRAWN = ("identity", "prompt_following", "clip_t", "clip_i", "dino", "diversity", "copied")
 KEPT: Mapping[str, tuple[str, ...]] = {
-    "knowledge_mcq": ("accuracy",),
-    "unseen_image_mcq": ("accuracy",),
+    "knowledge_mcq": ("answer_accuracy", "accuracy", "text_accuracy"),
+    "unseen_image_mcq": ("answer_accuracy", "accuracy", "text_accuracy"),
     "vqa": ("exact",),
     "reply_likelihood": ("nats_per_char",),
     "dialogue": ("voice", "catchphrase"),

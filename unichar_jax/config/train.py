@@ -142,7 +142,8 @@ class SFTConfig:
       data: characters, recipe, packing.
       steps: optimiser steps.
       accumulate: micro-batches per step; equals the large batch exactly.
-      trainable: "all", or only the generation expert ("gen"), only what understands ("und"), or adapters
+      trainable: "all", only the generation expert ("gen"), only what understands ("und"), all but the vision
+        tower ("not_vision"; the reference's ``freeze_vit``), or adapters
         ("lora").
       ce_weight, mse_weight: weights of the two loss terms.
       timestep_shift: shift of the training times; 1 is none.
@@ -163,7 +164,7 @@ class SFTConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     steps: int = 501
     accumulate: int = 1
-    trainable: Literal["all", "gen", "und", "lora"] = "all"
+    trainable: Literal["all", "gen", "und", "not_vision", "lora"] = "all"
     ce_weight: float = 0.25
     mse_weight: float = 1.0
     timestep_shift: float = 1.0

@@ -40,12 +40,16 @@ class Output:
     data: Mapping[str, Any]
 
 
+_FORMAT = 2
+"""Of what outputs hold; raised when older ones would lack something."""
+
+
 def output_key(item: Item, seed: int, fingerprint: str) -> str:
     """Names an output by everything it depends on."""
     image = item.prompt.image
     asked = [item.prompt.text, item.reference, item.described_by, [list(o) for o in item.options]]
     seen = None if image is None else [image.name, image.stat().st_size]
-    told = json.dumps([item.task, item.character, item.key, seed, fingerprint, asked, seen])
+    told = json.dumps([_FORMAT, item.task, item.character, item.key, seed, fingerprint, asked, seen])
     return hashlib.sha256(told.encode()).hexdigest()[:24]
 
 

@@ -52,6 +52,11 @@ METRICS: dict[str, Metric] = {
         "right without options",
         about="The option that is the likeliest answer per token is right; the prompt shows no options.",
     ),
+    "answer_accuracy": Metric(
+        "right in own words",
+        about="The greedy answer to the question alone shares most words with the right option (F1), and fewer"
+        " with every other; saying nothing of them is wrong, so chance is at most one in the number of options.",
+    ),
     "exact": Metric(
         "exact answer", about="The greedy answer is the known one, up to case, articles and full stops."
     ),

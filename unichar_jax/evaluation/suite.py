@@ -168,7 +168,9 @@ def _ask(subject: Subject, chunk: _Chunk) -> Iterator[dict[str, Any]]:
     prompts = [i.prompt for i in chunk.items]
     seeds = [draw_seed(i, chunk.seed) for i in chunk.items]
     if chunk.task in ("knowledge_mcq", "image_mcq", "unseen_image_mcq"):
-        yield from _ask_choices(subject, chunk.items)
+        written = subject.write(prompts, seeds, greedy=True)
+        for data, text in zip(_ask_choices(subject, chunk.items), written, strict=True):
+            yield {**data, "text": text}
     elif chunk.task in ("vqa", "reply_likelihood"):
         scores = subject.log_probs(prompts, [[i.reference] for i in chunk.items])
         found = [{"log_prob": float(s.sum()), "tokens": len(s)} for (s,) in scores]

@@ -7,6 +7,7 @@ the memorization questions) decides which numbers exist; a character without suc
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,11 +43,20 @@ def rotations(options: Sequence[tuple[str, str]]) -> list[list[int]]:
     return [[(place + r) % n for place in range(n)] for r in range(n)]
 
 
+def overlap(text: str, other: str) -> float:
+    """F1 of the words that two texts share, up to case, punctuation and articles (SQuAD, arXiv 1606.05250)."""
+    mine, theirs = Counter(normal(text).split()), Counter(normal(other).split())
+    shared = (mine & theirs).total()
+    return 2 * shared / (mine.total() + theirs.total()) if shared else 0.0
+
+
 def choice(item: Item, data: Mapping[str, Any]) -> Metrics:
     """Of a question with options.
 
-    ``data``: ``letters`` ``[rotations][places]``, log-probabilities of the letters, and ``texts``
-    ``[options][2]``, log-probability and number of tokens of each option's text by itself.
+    ``data``: ``letters`` ``[rotations][places]``, log-probabilities of the letters; ``texts``
+    ``[options][2]``, log-probability and number of tokens of each option's text by itself; and ``text``, the
+    answer in own words to the question alone. That answer means the option it shares most words with, and
+    nothing if several are as close.
     """
     keys = [letter for letter, _ in item.options]
     right = keys.index(item.reference)
@@ -57,10 +67,13 @@ def choice(item: Item, data: Mapping[str, Any]) -> Metrics:
         hits.append(int(np.argmax(scores)) == place)
         shares.append(float(share[place] / share.sum()))
     per_token = [total / tokens for total, tokens in data["texts"]]
+    near = [overlap(data["text"], option) for _, option in item.options]
+    meant = max(near) > 0 and near.count(max(near)) == 1
     return {
         "accuracy": float(np.mean(hits)),
         "probability": float(np.mean(shares)),
         "text_accuracy": float(int(np.argmax(per_token)) == right),
+        "answer_accuracy": float(meant and int(np.argmax(near)) == right),
     }
 
 

@@ -113,15 +113,22 @@ def _others(truth: Mapping[str, str], name: str, rng: np.random.Generator, n: in
     return [value_phrase({**truth, name: value}, name) for value in chosen]
 
 
-def open_question(
-    truth: Mapping[str, str], name: str, who: str, rng: np.random.Generator, *, test: bool = False
-) -> Question:
-    """Asks for the value of an attribute: "Where is Pip?", "on the beach".
+def open_questions(
+    truth: Mapping[str, str], name: str, who: str, *, test: bool = False
+) -> tuple[Question, ...]:
+    """Asks for the value of an attribute, in every phrasing: "Where is Pip?", "on the beach".
 
     `truth` are the picture's `world.values`.
     """
-    asked = pick(rng, _ASKED[name][test]).format(**_words(truth, who))
-    return Question(name, asked, value_phrase(truth, name), "open_ended")
+    answer, words = value_phrase(truth, name), _words(truth, who)
+    return tuple(Question(name, asked.format(**words), answer, "open_ended") for asked in _ASKED[name][test])
+
+
+def open_question(
+    truth: Mapping[str, str], name: str, who: str, rng: np.random.Generator, *, test: bool = False
+) -> Question:
+    """One of `open_questions`."""
+    return pick(rng, open_questions(truth, name, who, test=test))
 
 
 def yes_no_question(
@@ -148,7 +155,10 @@ def choice_question(
     key: str,
     test: bool = False,
 ) -> Question:
-    """Asks for one of `CHOICE_ATTRIBUTES` with four options, the right one at the letter `key`."""
+    """Asks for an attribute with four options, the right one at the letter `key`.
+
+    An attribute of three values has three options; `CHOICE_ATTRIBUTES` have four.
+    """
     asked = pick(rng, _ASKED[name][test]).format(**_words(truth, who))
     options = _others(truth, name, rng, 3)
     answer = value_phrase(truth, name)

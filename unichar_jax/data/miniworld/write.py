@@ -33,6 +33,8 @@ from unichar_jax.data.miniworld.world import ATTRIBUTES, LOOK_VALUES, SCENE_VALU
 from unichar_jax.errors import UserError
 
 FACT_TOPICS = tuple(profiles.FACT_VALUES)
+YES_NO_WEIGHT = 0.25
+"""Of a yes-or-no question to a drawing of reinforcement learning; the others have 1."""
 STYLE_TOPICS = tuple(topic for topic in dialogue.TALK_TOPICS if topic not in FACT_TOPICS)
 
 
@@ -228,25 +230,36 @@ class _Writer:
         }
 
     def _qa_pairs(self, scene: Scene, index: int, test: bool) -> list[dict[str, str]]:
-        """Who it is, then open and yes-or-no questions, twenty in all.
+        """Who it is, every attribute in every phrasing, and two yes-or-no questions.
 
-        Whether yes is right alternates between pictures, so no question has a usual answer.
+        One in ten of RoleScape-20's questions about training pictures is answered with yes or no, the
+        others in words. Whether yes is right alternates, so no question has a usual answer.
         """
         truth = values(self.member.look, scene)
         question, answer = questions.identity_question(self.name, test=test)
         pairs = [{"question": question, "answer": answer, "type": "objective"}]
-        for i, name in enumerate(ATTRIBUTES):
-            asked = [questions.open_question(truth, name, self.name, self.rng, test=test)]
-            if name != "accessory_colour":  # the question after the accessory has its colour
-                asked.append(
-                    questions.yes_no_question(
-                        truth, name, self.name, self.rng, yes=(i + index) % 2 == 0, test=test
-                    )
+        asked = [
+            found
+            for name in ATTRIBUTES
+            for found in questions.open_questions(truth, name, self.name, test=test)
+        ]
+        polar = [
+            name for name in ATTRIBUTES if name != "accessory_colour"
+        ]  # its question tells the accessory
+        for i in (2 * index, 2 * index + 1):
+            asked.append(
+                questions.yes_no_question(
+                    truth, polar[i % len(polar)], self.name, self.rng, yes=i % 2 == 0, test=test
                 )
-            kind = "subjective" if name == "expression" else "objective"
-            pairs += [
-                {"question": q.question, "answer": questions.sentence(q.answer), "type": kind} for q in asked
-            ]
+            )
+        pairs += [
+            {
+                "question": q.question,
+                "answer": questions.sentence(q.answer),
+                "type": "subjective" if q.attribute == "expression" else "objective",
+            }
+            for q in asked
+        ]
         return pairs
 
     def _image_choices(self, scene: Scene, test: bool) -> list[dict[str, Any]]:
@@ -415,30 +428,32 @@ class _Writer:
         path.write_text(json.dumps(record, indent=2), encoding="utf-8")
 
     def _visual_questions(self, scene: Scene) -> list[dict[str, Any]]:
-        """Each question once: the scene from two sides, two choices, one open, and the looks."""
+        """Each question once: scene and looks among choices, the scene from two sides, one open.
+
+        RoleScape-20 asks mostly for yes or no. A model as small as the mini base tells choices apart much
+        better than it says yes or no, so there are few such questions here, of little weight.
+        """
         truth = values(self.member.look, scene)
         who, rng = self.name, self.rng
         asked = [
-            questions.yes_no_question(truth, name, who, rng, yes=yes)
-            for name in SCENE_VALUES
-            for yes in (True, False)
+            (questions.choice_question(truth, name, who, rng, key=key), 1.0)
+            for names in (SCENE_VALUES, LOOK_VALUES)
+            for name, key in zip(names, self._keys(len(names)), strict=True)
         ]
-        asked += [
-            questions.choice_question(truth, name, who, rng, key=key)
-            for name, key in zip(("pose", "place"), self._keys(2), strict=True)
-        ]
-        asked.append(questions.open_question(truth, "expression", who, rng))
-        asked += [questions.yes_no_question(truth, name, who, rng, yes=True) for name in LOOK_VALUES]
-        return [_rl_question(question) for question in asked]
+        for yes in (True, False):
+            name = texts.pick(rng, tuple(SCENE_VALUES))
+            asked.append((questions.yes_no_question(truth, name, who, rng, yes=yes), YES_NO_WEIGHT))
+        asked.append((questions.open_question(truth, "expression", who, rng), 1.0))
+        return [_rl_question(question, weight) for question, weight in asked]
 
 
-def _rl_question(question: questions.Question) -> dict[str, Any]:
+def _rl_question(question: questions.Question, weight: float) -> dict[str, Any]:
     row = {
         "question": question.question,
         "answer": question.answer,
         "type": question.type,
         "category": "scene" if question.attribute in SCENE_VALUES else "character_attributes",
-        "weight": 1.0,
+        "weight": weight,
         "is_negative": question.negative,
     }
     return row | ({"choices": list(question.options)} if question.options else {})
