@@ -5,7 +5,9 @@ wants (a dense mask for the reference). Every layer then calls ``attend`` with i
 is chosen by name in ``Compute.attention``; a name that cannot run is an error, never a silent fallback.
 
 Keys may come in parts: cached prefixes and the tokens of this call. They are scored separately and share one
-softmax, so that a cache is never copied to append to it.
+softmax, so that a cache is never copied to append to it. Queries of a big picture are taken some hundred at a
+time: each has its own softmax, so the numbers stay and the memory is that of one block of scores, in the backward
+pass too.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from unichar_jax.models.streams import TokenMeta, visible
+
+QUERIES_AT_ONCE = 512
+"""Over a cache: more queries are attended in blocks; a picture of 512 pixels has 1,024, one of 1,024 pixels 4,096."""
 
 _MASKED = -1e30
 
@@ -39,7 +44,9 @@ def prepare(
     """Prepares attention of queries over keys (and over cached prefixes, by their metadata)."""
     from unichar_jax.models import kernels
 
-    if prefixes:  # sampling: short queries over a long cache, dense scores are the right kernel
+    if (
+        prefixes
+    ):  # sampling: what a query sees differs by row and grows, so scores are dense, a block at a time
         return Prepared("reference", visible(q, k), tuple(visible(q, p) for p in prefixes))
     return Prepared(kernel, kernels.get(kernel).prepare(q, k))
 
@@ -67,7 +74,7 @@ def attend(
     if not prepared.prefix_masks:
         return kernels.get(prepared.kernel).run(prepared.data, q, k, v)
     cached = [(*kv, mask) for kv, mask in zip(prefixes, prepared.prefix_masks, strict=True)]
-    return _dense(q, [*cached, (*_heads_first(k, v), prepared.data)])
+    return _blockwise(q, [*cached, (*_heads_first(k, v), prepared.data)])
 
 
 def dense_attention(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -77,6 +84,26 @@ def dense_attention(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -
 
 def _heads_first(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
+
+def _blockwise(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, Any]]) -> jax.Array:
+    """``_dense`` for blocks of queries of one size, one after another."""
+    b, lq = q.shape[:2]
+    count = -(-lq // QUERIES_AT_ONCE)
+    if count == 1:
+        return _dense(q, parts)
+    size = -(-lq // count)
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, count * size - lq)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(b, count, size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint  # else the backward pass would keep the scores of all blocks
+    def block(q: jax.Array, masks: list[jax.Array]) -> jax.Array:
+        return _dense(q, [(k, v, mask) for (k, v, _), mask in zip(parts, masks, strict=True)])
+
+    out = jax.lax.map(lambda x: block(*x), (split(q), [split(mask) for *_, mask in parts]))
+    return jnp.moveaxis(out, 0, 1).reshape(b, count * size, *q.shape[2:])[:, :lq]
 
 
 def _dense(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, Any]]) -> jax.Array:
