@@ -368,7 +368,7 @@ def test_the_report_follows_from_saved_results_byte_by_byte(tmp_path):
     write_report(second, second)
     for name in (PAGE, NUMBERS, SHEET):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    assert f"Of {len(CLAIMS)} claims, 1 show, 0 do not show" in text
+    assert f"{len(CLAIMS)} claims: 1 borne out, 0 not borne out" in text
     assert "| Unified-SFT | base, name only | at least 20 points better | +70.0 [" in text
     assert "**Borne out:**\n\n- Unified-SFT draws the character from its name alone" in text
     # What is planned and not there is said: the folder's plan has adapters for two characters and two seeds.
@@ -381,7 +381,7 @@ def test_the_report_follows_from_saved_results_byte_by_byte(tmp_path):
 def test_an_empty_study_and_a_wrong_folder(tmp_path):
     folder = folder_of(tmp_path / "study", {})
     text = write_report(folder, tmp_path / "out").read_text()
-    assert f"0 do not show, 0 are undecided and {len(CLAIMS)} are not measured" in text
+    assert f"0 not borne out, 0 undecided, {len(CLAIMS)} not measured" in text
     assert not (tmp_path / "out" / SHEET).exists()
     with pytest.raises(UserError, match=r"study\.json"):
         write_report(tmp_path, tmp_path / "out2")

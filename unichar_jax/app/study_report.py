@@ -13,7 +13,7 @@ from pathlib import Path
 from unichar_jax.app import study_claims as claims
 from unichar_jax.app.report import compare
 from unichar_jax.app.sheet import contact_sheet
-from unichar_jax.app.study import ALL_PICTURES, STAGE2, VARIANTS, jobs
+from unichar_jax.app.study import ALL_PICTURES, STAGE2, VARIANTS, Study, jobs
 from unichar_jax.app.study_claims import CLAIMS, SOURCES, UNTESTABLE, Finding, Judged, metric_of
 from unichar_jax.app.study_summary import Summary, summarise, title
 from unichar_jax.evaluation.results import Results
@@ -84,7 +84,7 @@ def page(summary: Summary, *, with_sheet: bool = False) -> str:
         "## Coverage",
         _coverage(summary),
         "## How to make it again",
-        "    python scripts/study.py run --out runs/study\n"
+        f"    python scripts/study.py run --out runs/study {_options(summary)}\n"
         "    python scripts/study.py report runs/study --to docs/study",
         f"The second command needs saved results only. Without the folder of the runs, [{NUMBERS}]({NUMBERS}) is"
         " enough: `python scripts/study.py report docs/study --to docs/study`.",
@@ -99,8 +99,8 @@ def conclusion(judged: list[Judged], summary: Summary) -> str:
     """What it comes to, in plain words, from the verdicts and nothing else."""
     count = claims.counts(judged)
     told = [
-        f"Of {len(judged)} claims, {count['shows']} show, {count['does not show']} do not show,"
-        f" {count['undecided']} are undecided and {count['not measured']} are not measured."
+        f"{len(judged)} claims: {count['shows']} borne out, {count['does not show']} not borne out,"
+        f" {count['undecided']} undecided, {count['not measured']} not measured."
     ]
     for verdict, start in (
         ("shows", "Borne out"),
@@ -118,12 +118,37 @@ def conclusion(judged: list[Judged], summary: Summary) -> str:
     return "\n\n".join(told)
 
 
+def _options(summary: Summary) -> str:
+    """Of the command: what is planned, and the settings that are not the defaults."""
+    plan = {"characters": summary.characters, "seeds": summary.seeds, "variants": summary.variants}
+    usual = Study().settings()
+    told = {k: v for k, v in summary.settings.items() if k in usual and v != usual[k] and k != "base_sha256"}
+    words = [
+        [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        for name, value in (plan | told).items()
+    ]
+    return " ".join(word for option in words for word in option)
+
+
+def _ceiling(summary: Summary) -> list[str]:
+    """What the judge makes of the drawings that everybody is compared with."""
+    values = summary.values("originals", "t2i", "identity")
+    interval = mean_interval(values) if values else None
+    if interval is None:
+        return []
+    return [
+        f"The judge is a network and errs: it reads {number(interval.mean, metric_of('identity'))} of the characters'"
+        " looks rightly from the held-out drawings themselves (the row of the originals). A variant near that figure"
+        " draws the looks as well as this judge can tell."
+    ]
+
+
 def _what_was_run(summary: Summary) -> str:
     settings = summary.settings
     facts = [
-        f"{len(summary.characters)} characters of the mini world ({', '.join(summary.characters)}),"
-        f" {len(summary.seeds)} training seeds ({', '.join(map(str, summary.seeds))}),"
-        f" {len(summary.variants)} variants; {ALL_PICTURES} training pictures unless a variant says otherwise.",
+        f"Characters of the mini world: {', '.join(summary.characters)}; training seeds:"
+        f" {', '.join(map(str, summary.seeds))}; {len(summary.variants)} variants; {ALL_PICTURES} training"
+        " pictures unless a variant says otherwise.",
         "A character's data are the same for all seeds and variants; fewer training pictures are the first of the ten,"
         " and every variant is measured on the same held-out items against all ten.",
         "Specialists take as many steps as Unified-SFT, all of them on their own kind of sample; prompts name the"
@@ -136,6 +161,7 @@ def _what_was_run(summary: Summary) -> str:
         "Intervals: 95 %, paired bootstrap over held-out items; an item's repetitions and seeds are averaged first,"
         " characters count alike. They say what other items would change; what another training seed changes is shown"
         " seed by seed.",
+        *_ceiling(summary),
         "Identity, prompt following and consistency are read by the independent judge, which is never a reward."
         f" {REWARD_MARK} marks a metric that the model was trained to raise: it does not decide a claim.",
     ]
