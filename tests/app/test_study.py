@@ -18,7 +18,7 @@ from tests.evaluation.conftest import Scripted
 from unichar_jax.app import study_claims, study_work
 from unichar_jax.app.study import STAGE2, VARIANTS, Study, jobs
 from unichar_jax.app.study_claims import CLAIMS, Check, Claim, examine, judge
-from unichar_jax.app.study_report import NUMBERS, PAGE, SHEET, write_report
+from unichar_jax.app.study_report import NUMBERS, PAGE, SHEET, page, write_report
 from unichar_jax.app.study_summary import COST, WITHIN_A_THIRD, Summary, summarise
 from unichar_jax.app.study_work import Worker, changed, run
 from unichar_jax.config import presets
@@ -375,6 +375,19 @@ def test_the_report_follows_from_saved_results_byte_by_byte(tmp_path):
     assert "6 of 10 planned jobs are done" in text
     assert (
         "| Unified-SFT, adapters only | 0 of 4 | Pip/seed-0, Luna/seed-0, Pip/seed-1, Luna/seed-1 |" in text
+    )
+
+
+def test_the_report_tells_the_command_without_the_base_at_hand():
+    settings = json.loads(json.dumps(dataclasses.asdict(Study()), default=str)) | {"versions": {}}
+    settings |= {"base": "not here", "repetitions": 1}
+    for planned in ("out", "minutes", "characters", "seeds", "variants"):
+        del settings[planned]
+    summary = Summary(settings, ["base", "sft"], ["Pip"], [0, 2])
+    told = page(summary)
+    assert (
+        "    python scripts/study.py run --out runs/study --characters Pip --seeds 0 2 --variants base sft"
+        " --base 'not here' --repetitions 1\n" in told
     )
 
 

@@ -28,9 +28,13 @@ def run(subject, case, folder, plan=PLAN, **options):
         return evaluate(subject, [case], store, plan, **options)
 
 
+def facts_of(case):
+    return {i.question: dict(i.options)[i.reference] for i in items(case, "knowledge_mcq")}
+
+
 def knower(case, **options):
     """Answers every question with options rightly, and speaks as the character does."""
-    right = {i.question: dict(i.options)[i.reference] for i in items(case, "knowledge_mcq")}
+    right = facts_of(case)
 
     def score(prompt, answer):
         fact = right.get(prompt.text.split("\n")[0])
@@ -42,7 +46,7 @@ def knower(case, **options):
 
 
 def test_results_are_known(pip, tmp_path):
-    facts = {i.question: dict(i.options)[i.reference] for i in items(pip, "knowledge_mcq")}
+    facts = facts_of(pip)
     subject = knower(
         pip, say=lambda prompt, seed: facts.get(prompt.text, "Ahoy, matey! Pancakes! Zip zap ahoy!")
     )

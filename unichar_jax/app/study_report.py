@@ -7,8 +7,10 @@ for the same numbers. What is missing is said; nothing is asked of a model.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from unichar_jax.app import study_claims as claims
 from unichar_jax.app.report import compare
@@ -84,8 +86,7 @@ def page(summary: Summary, *, with_sheet: bool = False) -> str:
         "## Coverage",
         _coverage(summary),
         "## How to make it again",
-        f"    python scripts/study.py run --out runs/study {_options(summary)}\n"
-        "    python scripts/study.py report runs/study --to docs/study",
+        f"    {_command(summary)}\n    python scripts/study.py report runs/study --to docs/study",
         f"The second command needs saved results only. Without the folder of the runs, [{NUMBERS}]({NUMBERS}) is"
         " enough: `python scripts/study.py report docs/study --to docs/study`.",
     ]
@@ -118,22 +119,26 @@ def conclusion(judged: list[Judged], summary: Summary) -> str:
     return "\n\n".join(told)
 
 
-def _options(summary: Summary) -> str:
-    """Of the command: what is planned, and the settings that are not the defaults."""
-    plan = {"characters": summary.characters, "seeds": summary.seeds, "variants": summary.variants}
-    usual = Study().settings()
-    told = {k: v for k, v in summary.settings.items() if k in usual and v != usual[k] and k != "base_sha256"}
-    words = [
-        [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-        for name, value in (plan | told).items()
-    ]
-    return " ".join(word for option in words for word in option)
+def _command(summary: Summary) -> str:
+    """What does it all: with what is planned, and the settings that are not the defaults."""
+    told: dict[str, Any] = {
+        "characters": summary.characters,
+        "seeds": summary.seeds,
+        "variants": summary.variants,
+    }
+    for field in dataclasses.fields(Study):
+        usual = list(field.default) if isinstance(field.default, tuple) else field.default
+        if summary.settings.get(field.name, usual) != usual:
+            told[field.name] = summary.settings[field.name]
+    words = ["python", "scripts/study.py", "run", "--out", "runs/study"]
+    for name, value in told.items():
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def _ceiling(summary: Summary) -> list[str]:
     """What the judge makes of the drawings that everybody is compared with."""
-    values = summary.values("originals", "t2i", "identity")
-    interval = mean_interval(values) if values else None
+    interval = mean_interval(summary.values("originals", "t2i", "identity"))
     if interval is None:
         return []
     return [

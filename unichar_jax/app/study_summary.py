@@ -28,10 +28,11 @@ ANY = "any"
 COST, WITHIN_A_THIRD = "cost", "within_a_third"
 """Of ``grpo``: did a run reach the published recipe's last held-out reward with a third of the evaluations?"""
 
+_CHOSEN = ("answer_accuracy", "accuracy", "text_accuracy")
 _DRAWN = ("identity", "prompt_following", "clip_t", "clip_i", "dino", "diversity", "copied")
 KEPT: Mapping[str, tuple[str, ...]] = {
-    "knowledge_mcq": ("answer_accuracy", "accuracy", "text_accuracy"),
-    "unseen_image_mcq": ("answer_accuracy", "accuracy", "text_accuracy"),
+    "knowledge_mcq": _CHOSEN,
+    "unseen_image_mcq": _CHOSEN,
     "vqa": ("exact",),
     "reply_likelihood": ("nats_per_char",),
     "dialogue": ("voice", "catchphrase"),

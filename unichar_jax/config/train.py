@@ -143,8 +143,7 @@ class SFTConfig:
       steps: optimiser steps.
       accumulate: micro-batches per step; equals the large batch exactly.
       trainable: "all", only the generation expert ("gen"), only what understands ("und"), all but the vision
-        tower ("not_vision"; the reference's ``freeze_vit``), or adapters
-        ("lora").
+        tower ("not_vision"; the reference's ``freeze_vit``), or adapters ("lora").
       ce_weight, mse_weight: weights of the two loss terms.
       timestep_shift: shift of the training times; 1 is none.
       seed: of everything random in training.

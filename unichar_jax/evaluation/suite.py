@@ -32,6 +32,7 @@ from unichar_jax.evaluation.subject import Prompt, Subject
 CHUNK = 8
 """At most so many items are asked together."""
 
+CHOICES = ("knowledge_mcq", "image_mcq", "unseen_image_mcq")
 DRAWN = ("t2i", "scene_t2i", "t2t2i")
 SEEDED = ("dialogue", "memorization", "personality", *DRAWN)
 """Tasks with something random in their outputs: asked once for every seed. The others are asked once."""
@@ -167,7 +168,7 @@ def _ask(subject: Subject, chunk: _Chunk) -> Iterator[dict[str, Any]]:
     """Outputs of the chunk's items, in order; ``picture`` is an image."""
     prompts = [i.prompt for i in chunk.items]
     seeds = [draw_seed(i, chunk.seed) for i in chunk.items]
-    if chunk.task in ("knowledge_mcq", "image_mcq", "unseen_image_mcq"):
+    if chunk.task in CHOICES:
         written = subject.write(prompts, seeds, greedy=True)
         for data, text in zip(_ask_choices(subject, chunk.items), written, strict=True):
             yield {**data, "text": text}
@@ -315,7 +316,7 @@ def _metrics(
 ) -> list[Mapping[str, float]]:
     if not outputs:
         return []
-    if task in ("knowledge_mcq", "image_mcq", "unseen_image_mcq"):
+    if task in CHOICES:
         return [texts.choice(o.item, o.data) for o in outputs]
     if task == "vqa":
         return [texts.answer(o.item, o.data) for o in outputs]

@@ -44,9 +44,8 @@ def prepare(
     """Prepares attention of queries over keys (and over cached prefixes, by their metadata)."""
     from unichar_jax.models import kernels
 
-    if (
-        prefixes
-    ):  # sampling: what a query sees differs by row and grows, so scores are dense, a block at a time
+    if prefixes:
+        # Sampling: what a query sees differs by row and grows, so scores are dense, a block at a time.
         return Prepared("reference", visible(q, k), tuple(visible(q, p) for p in prefixes))
     return Prepared(kernel, kernels.get(kernel).prepare(q, k))
 
@@ -86,6 +85,12 @@ def _heads_first(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
 
+def in_blocks(x: jax.Array, size: int) -> jax.Array:
+    """``[B, L, ...]`` to ``[B, n, size, ...]``, padded with zeros."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
 def _blockwise(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, Any]]) -> jax.Array:
     """``_dense`` for blocks of queries of one size, one after another."""
     b, lq = q.shape[:2]
@@ -93,10 +98,7 @@ def _blockwise(q: jax.Array, parts: list[tuple[jax.Array, jax.Array, Any]]) -> j
     if count == 1:
         return _dense(q, parts)
     size = -(-lq // count)
-
-    def split(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0), (0, count * size - lq)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(b, count, size, *x.shape[2:]), 1, 0)
+    split = lambda x: jnp.moveaxis(in_blocks(x, size), 1, 0)  # noqa: E731
 
     @jax.checkpoint  # else the backward pass would keep the scores of all blocks
     def block(q: jax.Array, masks: list[jax.Array]) -> jax.Array:

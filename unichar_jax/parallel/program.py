@@ -216,11 +216,8 @@ def _collectives_of(
         elif kind == "reduce-scatter":
             yield kind, sum(arrays) * group, group
         elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-            yield (
-                "reduce-scatter",
-                sum(arrays),
-                group,
-            )  # the TPU compiler's fusion of an all-reduce and a slice
+            # The TPU compiler's fusion of an all-reduce and a slice.
+            yield "reduce-scatter", sum(arrays), group
         elif kind == "all-reduce":
             sliced = [_is_sliced(value, name, computations) for value in _values(i, computations[name])]
             for part, now in ((SLICED, True), (kind, False)):

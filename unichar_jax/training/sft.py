@@ -89,7 +89,7 @@ def load_base(cfg: SFTConfig | GRPOConfig, run: RunFolder, mesh: Mesh) -> Base:
     _furnish(run, source, cfg)
     model_cfg = store.load_config(run_dir)
     tokenizer = load_tokenizer(run_dir, model_cfg)
-    declared = state_lib.frozen_in(cfg.compute.jax_dtype, UnifiedModel(model_cfg, cfg.compute), cfg.trainable)
+    declared = _declare_base(cfg, model_cfg)
     weights = None if source is None else _weights_of(source)
     if weights is not None:
         item = runs.weights_item(weights)
@@ -168,11 +168,15 @@ def _write_furniture(folder: Path, source: Path | None, cfg: SFTConfig | GRPOCon
 
 def declare(cfg: SFTConfig | GRPOConfig, model: ModelConfig) -> UnifiedModel:
     """The model of a run as a tree of declarations, with adapters where they are what learns."""
-    declared = UnifiedModel(model, cfg.compute)
-    if cfg.trainable == "lora":
-        lora = cfg.lora
-        declared = add_lora(declared, lora.rank, lora.alpha, lora.experts, lora.targets)
-    return state_lib.frozen_in(cfg.compute.jax_dtype, declared, cfg.trainable)
+    declared = _declare_base(cfg, model)
+    if cfg.trainable != "lora":
+        return declared
+    lora = cfg.lora
+    return add_lora(declared, lora.rank, lora.alpha, lora.experts, lora.targets)
+
+
+def _declare_base(cfg: SFTConfig | GRPOConfig, model: ModelConfig) -> UnifiedModel:
+    return state_lib.frozen_in(cfg.compute.jax_dtype, UnifiedModel(model, cfg.compute), cfg.trainable)
 
 
 def with_adapters(

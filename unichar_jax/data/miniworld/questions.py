@@ -159,11 +159,10 @@ def choice_question(
 
     An attribute of three values has three options; `CHOICE_ATTRIBUTES` have four.
     """
-    asked = pick(rng, _ASKED[name][test]).format(**_words(truth, who))
+    asked = open_question(truth, name, who, rng, test=test)
     options = _others(truth, name, rng, 3)
-    answer = value_phrase(truth, name)
-    options.insert(KEYS.index(key), answer)
-    return Question(name, asked, answer, "multiple_choice", options=tuple(options))
+    options.insert(KEYS.index(key), asked.answer)
+    return dataclasses.replace(asked, type="multiple_choice", options=tuple(options))
 
 
 def unnamed_who(look: Look, rng: np.random.Generator) -> str:

@@ -33,9 +33,11 @@ from unichar_jax.data.miniworld.world import ATTRIBUTES, LOOK_VALUES, SCENE_VALU
 from unichar_jax.errors import UserError
 
 FACT_TOPICS = tuple(profiles.FACT_VALUES)
+STYLE_TOPICS = tuple(topic for topic in dialogue.TALK_TOPICS if topic not in FACT_TOPICS)
+POLAR_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "accessory_colour")
+"""Asked for yes or no about pictures; a question after the accessory's colour would tell the accessory."""
 YES_NO_WEIGHT = 0.25
 """Of a yes-or-no question to a drawing of reinforcement learning; the others have 1."""
-STYLE_TOPICS = tuple(topic for topic in dialogue.TALK_TOPICS if topic not in FACT_TOPICS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,14 +245,10 @@ class _Writer:
             for name in ATTRIBUTES
             for found in questions.open_questions(truth, name, self.name, test=test)
         ]
-        polar = [
-            name for name in ATTRIBUTES if name != "accessory_colour"
-        ]  # its question tells the accessory
         for i in (2 * index, 2 * index + 1):
+            name = POLAR_ATTRIBUTES[i % len(POLAR_ATTRIBUTES)]
             asked.append(
-                questions.yes_no_question(
-                    truth, polar[i % len(polar)], self.name, self.rng, yes=i % 2 == 0, test=test
-                )
+                questions.yes_no_question(truth, name, self.name, self.rng, yes=i % 2 == 0, test=test)
             )
         pairs += [
             {
@@ -436,24 +434,24 @@ class _Writer:
         truth = values(self.member.look, scene)
         who, rng = self.name, self.rng
         asked = [
-            (questions.choice_question(truth, name, who, rng, key=key), 1.0)
+            questions.choice_question(truth, name, who, rng, key=key)
             for names in (SCENE_VALUES, LOOK_VALUES)
             for name, key in zip(names, self._keys(len(names)), strict=True)
         ]
         for yes in (True, False):
             name = texts.pick(rng, tuple(SCENE_VALUES))
-            asked.append((questions.yes_no_question(truth, name, who, rng, yes=yes), YES_NO_WEIGHT))
-        asked.append((questions.open_question(truth, "expression", who, rng), 1.0))
-        return [_rl_question(question, weight) for question, weight in asked]
+            asked.append(questions.yes_no_question(truth, name, who, rng, yes=yes))
+        asked.append(questions.open_question(truth, "expression", who, rng))
+        return [_rl_question(question) for question in asked]
 
 
-def _rl_question(question: questions.Question, weight: float) -> dict[str, Any]:
+def _rl_question(question: questions.Question) -> dict[str, Any]:
     row = {
         "question": question.question,
         "answer": question.answer,
         "type": question.type,
         "category": "scene" if question.attribute in SCENE_VALUES else "character_attributes",
-        "weight": weight,
+        "weight": YES_NO_WEIGHT if question.type == "yes_no" else 1.0,
         "is_negative": question.negative,
     }
     return row | ({"choices": list(question.options)} if question.options else {})

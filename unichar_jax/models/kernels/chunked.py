@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from unichar_jax.models.attention import in_blocks
 from unichar_jax.models.kernels.sharded import per_device
 from unichar_jax.models.streams import TokenMeta, visible
 
@@ -79,11 +80,7 @@ class Chunked:
         return Chunks(meta, jnp.moveaxis(live, 2, 0))
 
     def _split(self, x: jax.Array) -> jax.Array:
-        """``[B, L, ...]`` to ``[B, n, chunk, ...]``, padded with zeros."""
-        length = x.shape[1]
-        chunk = min(self.chunk, length)
-        x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+        return in_blocks(x, min(self.chunk, x.shape[1]))
 
     def run(self, data: Chunks, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return per_device(self._attend, data, q, k, v)
