@@ -16,15 +16,10 @@ pytest.importorskip("starlette", reason="the web demo needs the serve extra")
 pytest.importorskip("uvicorn", reason="the web demo needs the serve extra")
 
 from tests.app.web import Client, Puppet, guest, serving
-from unichar_jax.app.web import guests as web_guests
-from unichar_jax.app.web.guard import Throttle
 from unichar_jax.app.web.server import Server
-from unichar_jax.app.web.settings import Refused, Settings, clean, read_users
-from unichar_jax.checkpoint import lora
+from unichar_jax.app.web.settings import Refused, Settings, clean
 from unichar_jax.errors import UserError
 from unichar_jax.sampling.engine import Engine
-
-USERS = (("ann", "correct horse"), ("bob", "battery staple"))
 
 
 @pytest.fixture(scope="module")
@@ -436,80 +431,6 @@ def test_an_error_of_the_engine_is_told_without_its_secrets(caplog):
         assert client.until(client.say("works"))["status"] == "done"
 
 
-# -- login --------------------------------------------------------------------------------------------------
-
-
-def test_login():
-    with serving(Puppet(), users=USERS) as server:
-        stranger = Client(server.url)
-        assert stranger.get("/")[0] == 200
-        status, told = stranger.get("/api/hello")
-        assert (status, json.loads(told)["login"]) == (401, True)
-        assert b"Pip" not in told
-        for path in ("/api/events", "/guests/pip/0", "/pictures/x"):
-            assert stranger.get(path)[0] == 401
-        for path in (
-            "/api/say",
-            "/api/draw",
-            "/api/ask",
-            "/api/picture",
-            "/api/stop",
-            "/api/forget",
-            "/api/logout",
-        ):
-            assert stranger.post(path, {"guest": "pip"})[0] == 401
-        for name, password in (
-            ("ann", "wrong"),
-            ("ann", "battery staple"),
-            ("eve", "correct horse"),
-            ("ann\0", "é"),
-        ):
-            status, told = stranger.post("/api/login", {"name": name, "password": password})
-            assert (status, told["message"]) == (401, "That name and password do not go together.")
-        assert stranger.cookie == ""
-        assert len(server.web.visitors) == 0
-
-        ann, bob, elsewhere = (Client(server.url) for _ in range(3))
-        for client, (name, password) in ((ann, USERS[0]), (bob, USERS[1]), (elsewhere, USERS[0])):
-            assert client.post("/api/login", {"name": name, "password": password})[0] == 200
-        assert ann.hello()["user"] == "ann"
-        key = ann.say("my secret")
-        assert ann.until(key) == elsewhere.until(key)
-        with bob.listen() as stream:
-            bob.say("mine")
-            next(stream)
-            assert "secret" not in json.dumps(next(stream)[1])
-        assert ann.post("/api/logout", {})[0] == 200
-        assert elsewhere.get("/api/hello")[0] == 401
-
-
-def test_guessing_is_slowed_down(monkeypatch):
-    throttle = Throttle(most=3, seconds=100.0)
-    for _ in range(3):
-        assert throttle.allows("a")
-        throttle.failed("a")
-    assert not throttle.allows("a")
-    assert throttle.allows("b")
-    late = time.monotonic() + 101
-    monkeypatch.setattr(time, "monotonic", lambda: late)
-    assert throttle.allows("a")
-
-
-def test_the_login_file(tmp_path):
-    path = tmp_path / "users.txt"
-    path.write_text("# who may come\nann:correct horse\n\nbob: a:b c d e\n")
-    assert read_users(path) == (("ann", "correct horse"), ("bob", "a:b c d e"))
-    with serving(Puppet(), users=read_users(path)) as server:  # what the file says can be typed
-        for name, password in (("ann", "correct horse"), ("bob", " a:b c d e"), ("bob", "a:b c d e")):
-            assert Client(server.url).post("/api/login", {"name": name, "password": password})[0] == 200
-    for text, words in (("ann", "line 1"), ("ann:short", "8 characters"), ("# nobody\n", "no login")):
-        path.write_text(text)
-        with pytest.raises(UserError, match=words):
-            read_users(path)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_users(tmp_path / "absent")
-
-
 # -- starting -----------------------------------------------------------------------------------------------
 
 
@@ -521,56 +442,6 @@ def test_loopback_unless_told_otherwise(server):
     for wrong in ({"port": 70000}, {"max_sessions": 0}, {"steps": 101}):
         with pytest.raises(UserError, match="serve"):
             Settings(**wrong)
-
-
-def test_guests_of_runs(tiny_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(web_guests.engines, "flow_settings", lambda steps, guidance, run: (steps, run.name))
-    loaded = []
-
-    def load(path, loras=None):
-        loaded.append((path, loras))
-        return Puppet()
-
-    folder = tiny_root / "train" / "Friends-Tess"
-    one, two = tmp_path / "one", tmp_path / "two"
-    found = web_guests.invite([one, two], [folder], load=load)
-    assert [(g.id, g.run) for g in found] == [("tess", "one"), ("tess-2", "two")]
-    assert found[0].persona.opening == "Hello, I roll."
-    assert [len(g.pictures) for g in found] == [4, 4]
-    assert found[0].pictures[1][1] == "Tess, number 1"
-    assert found[0].greetings[0] == "What do you do at 0 o'clock?"
-    assert found[1].drawing(5, 1.0) == (5, "two")
-    with pytest.raises(UserError, match="--character FOLDER"):
-        web_guests.invite([tmp_path], load=load)
-    assert loaded == [(one, None), (two, None)]
-
-
-def test_guests_around_one_base(tmp_path):
-    """Adapters that carry their character's words, and are met without its pictures."""
-    folders = {}
-    for name in ("pip", "luna"):
-        folders[name] = tmp_path / name
-        folders[name].mkdir()
-        who = {"name": name.title(), "description": "A friend.", "opening": "Ahoy!"}
-        (folders[name] / lora.CHARACTER_FILE).write_text(json.dumps(who))
-    loaded = []
-
-    def load(path, loras=None):
-        loaded.append((path, loras))
-        return Puppet()
-
-    found = web_guests.invite([tmp_path], loras=folders, load=load)
-    assert [(g.id, g.model, g.persona.opening, g.pictures) for g in found] == [
-        ("pip", "pip", "Ahoy!", ()),
-        ("luna", "luna", "Ahoy!", ()),
-    ]
-    assert found[0].engine is found[1].engine
-    assert loaded == [(tmp_path, folders)]
-    with pytest.raises(UserError, match="one run"):
-        web_guests.invite([tmp_path, folders["pip"]], loras=folders, load=load)
-    (folders["pip"] / lora.CHARACTER_FILE).unlink()
-    with pytest.raises(UserError, match="do not say which character"):
-        web_guests.invite([tmp_path], loras=folders, load=load)
 
 
 def test_with_a_real_model(tmp_path):
