@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -119,9 +121,16 @@ class _Config:
 
 
 def _free_port() -> int:
-    with socket.socket() as first:
-        first.bind(("", 0))
-        return first.getsockname()[1] - 1  # the meeting is one port above
+    """A port that is free, as is the one above it (of the meeting).
+
+    Below the range that systems give to outgoing connections: what is free there stays free.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000, 2), 100):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for wanted in (port, port + 1):
+                stack.enter_context(socket.create_server(("", wanted), reuse_port=False))
+            return port
+    raise OSError("a hundred ports are taken")
 
 
 def _meet(configs: dict[int, _Config], count: int, timeout: float = 20.0) -> dict[int, str]:
@@ -201,10 +210,12 @@ def test_a_stranger_on_the_port_changes_nothing():
     assert heard == ["started"]
 
 
-def test_a_port_that_is_taken_is_explained():
-    with distributed._listen(0) as taken:
-        place = Place(0, 2, f"127.0.0.1:{taken.getsockname()[1] - 1}", "test")
-        with pytest.raises(UserError, match=r"cannot be had .*--hosts\.coordinator"):
+@pytest.mark.parametrize("above", [0, 1])
+def test_a_port_that_is_taken_is_explained(above):
+    port = _free_port()
+    with distributed._listen(port + above):
+        place = Place(0, 2, f"127.0.0.1:{port}", "test")
+        with pytest.raises(UserError, match=rf"port {port + above} .*cannot be had .*--hosts\.coordinator"):
             distributed.preflight(place, distributed.facts(place, None), 1.0, print)
 
 

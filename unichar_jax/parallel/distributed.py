@@ -303,10 +303,13 @@ def _receive(
     said = time.monotonic()
     with contextlib.ExitStack() as stack:
         try:
-            server = stack.enter_context(_listen(port))
+            wanted = port - 1  # JAX's own: its service would end with the others still waiting for it
+            _listen(wanted).close()
+            wanted = port
+            server = stack.enter_context(_listen(wanted))
         except OSError as error:
             raise UserError(
-                f"port {port} of {report['host']} cannot be had ({error}): another run may use it; give another"
+                f"port {wanted} of {report['host']} cannot be had ({error}): another run may use it; give another"
                 " --hosts.coordinator host:port."
             ) from None
         server.settimeout(1.0)

@@ -81,6 +81,11 @@ class EncoderTraining:
         """The judge never sees what the scorers saw."""
         return {"judge": 77, "image": 5, "text": 5}[self.what]
 
+    @property
+    def all_looks(self) -> bool:
+        """The judge must read the cast; what gives rewards knows it no better than the base does."""
+        return self.what == "judge"
+
 
 # -- pictures as a generator spoils them ---------------------------------------------------------------
 
@@ -142,14 +147,15 @@ class Pictures:
     """
 
     def __init__(self, cfg: EncoderTraining):
-        self.pool = picture_pool(cfg.pool, cfg.pictures, cfg.seed, scenes=2)
-        held = picture_pool(cfg.pool, 1024, HELD_OUT_SEED, scenes=2)
+        looks = "-all" if cfg.all_looks else ""
+        self.pool = picture_pool(cfg.pool, cfg.pictures, cfg.seed, scenes=2, all_looks=cfg.all_looks)
+        held = picture_pool(cfg.pool, 1024, HELD_OUT_SEED, scenes=2, all_looks=cfg.all_looks)
         quarter = cfg.pictures // 8 * 2
         part = Pool(self.pool.pictures[:quarter], self.pool.labels[:quarter])
-        self.worn = reconstructed_pool(cfg, part, 0.5, f"worn-{cfg.seed}-{quarter}")
+        self.worn = reconstructed_pool(cfg, part, 0.5, f"worn-{cfg.seed}-{quarter}{looks}")
         self.held_out = {
             "drawn": Pool(np.asarray(held.pictures), held.labels),
-            "reconstructed": Pool(reconstructed_pool(cfg, held, 0.0, "held-out"), held.labels),
+            "reconstructed": Pool(reconstructed_pool(cfg, held, 0.0, f"held-out{looks}"), held.labels),
         }
 
     def take(self, rng: np.random.Generator, count: int, *, pairs: bool = False) -> tuple[np.ndarray, ...]:

@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from unichar_jax.data import miniworld
 from unichar_jax.data.miniworld.cast import sample_look
 from unichar_jax.data.miniworld.draw import draw
-from unichar_jax.data.miniworld.world import ATTRIBUTES, attributes, sample_scene
+from unichar_jax.data.miniworld.world import ATTRIBUTES, attributes, random_look, sample_scene
 from unichar_jax.errors import UserError
 
 Weights = dict[str, jax.Array]
@@ -48,15 +48,19 @@ class Pool(NamedTuple):
     labels: np.ndarray
 
 
-def picture_pool(folder: Path, count: int, seed: int, *, scenes: int = 1, size: int = 96) -> Pool:
+def picture_pool(
+    folder: Path, count: int, seed: int, *, scenes: int = 1, size: int = 96, all_looks: bool = False
+) -> Pool:
     """Draws ``count`` pictures of unnamed characters once, and finds them again afterwards.
 
-    Each character is drawn in ``scenes`` pictures that follow one another. The file name carries a digest
-    of the drawing code, so that a changed drawing is never mixed with an old pool.
+    Each character is drawn in ``scenes`` pictures that follow one another. ``all_looks``: those near the named
+    cast's too, for who only reads. The file name carries a digest of the drawing code, so that a changed drawing
+    is never mixed with an old pool.
     """
     sources = [Path(miniworld.__file__).with_name(f"{name}.py") for name in _DRAWING_CODE]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:8]
     stem = f"{digest}-{size}px-{count}-seed{seed}" + (f"-scenes{scenes}" if scenes > 1 else "")
+    new_look, stem = (random_look, f"{stem}-all") if all_looks else (sample_look, stem)
     pictures, labels = folder / f"{stem}.pictures.npy", folder / f"{stem}.labels.npy"
     if not labels.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,10 +68,10 @@ def picture_pool(folder: Path, count: int, seed: int, *, scenes: int = 1, size: 
         drawn = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
         classes = np.empty((count, len(ATTRIBUTES)), np.int32)
         rng = np.random.default_rng(seed)
-        look = sample_look(rng)
+        look = new_look(rng)
         for i in range(count):
             if i % scenes == 0 and i > 0:
-                look = sample_look(rng)
+                look = new_look(rng)
             scene = sample_scene(rng)
             drawn[i] = draw(look, scene, size)
             classes[i] = list(attributes(look, scene).values())
