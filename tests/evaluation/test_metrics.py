@@ -125,9 +125,14 @@ def test_copies_are_found_and_new_scenes_are_not(pip):
     rng = np.random.default_rng(0)
     noisy = np.clip(originals[2] + rng.normal(0, 12, originals[2].shape), 0, 255).astype(np.uint8)
     held_out = [np.asarray(Image.open(i.path).convert("RGB")) for i in pip.test.images]
-    found = pictures.copies([originals[0], noisy, *held_out], originals)
-    assert found == [True, True, False, False, False]
-    assert pictures.copies([noisy], originals[:1]) == [None]
+    found = pictures.apart([originals[0], noisy, *held_out], originals)
+    assert [d < pictures.COPY for d in found] == [True, True, False, False, False]
+    assert found[0] == 0.0 and min(found[2:]) > 0.6 and max(found[2:]) < 1.5
+    # The unit is the originals' own: the same pictures, all half as bright, are as far apart.
+    dark = [p // 2 for p in (noisy, *originals)]
+    assert pictures.apart(dark[:1], dark[1:]) == pytest.approx(found[1:2], rel=0.1)
+    assert pictures.apart([noisy], originals[:1]) == [None]
+    assert pictures.apart([noisy], originals[:1] * 3) == [None]
 
 
 LOOK = Look("fox", "blue", "white", "plain", "scarf", "yellow")  # Pip's

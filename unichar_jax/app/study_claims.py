@@ -202,12 +202,12 @@ def _stage2(variant: str, name: str) -> Claim:
         ("identity", _NEAR),
         ("prompt_following", 0.0),
         ("diversity", 0.0),
-        ("copied", 0.0),
+        ("apart", 0.0),
     ]
     return Claim(
         _STAGE2,
         f"{name}: on held-out prompts the reward rises, identity does not fall, prompt following and diversity"
-        " rise, and copying of training pictures falls.",
+        " rise, and pictures move away from the training pictures.",
         tuple(Check(last, STAGE2, metric, first, least) for metric, least in checks),
     )
 
@@ -296,7 +296,7 @@ CLAIMS: tuple[Claim, ...] = (
             _drawing("grpo", "no_visual_questions", "prompt_following"),
             _drawing("grpo", "no_text_image_match", "prompt_following"),
             _drawing("grpo", "no_identity_band", "identity"),
-            _drawing("grpo", "no_diversity", "copied"),
+            _drawing("grpo", "no_diversity", "apart"),
         ),
     ),
     _stage2("grpo", "nft"),

@@ -37,11 +37,12 @@ COLUMNS = (
     ("t2i", "clip_t"),
     ("t2i", "dino"),
     ("t2i", "diversity"),
+    ("t2i", "apart"),
     ("t2i", "copied"),
 )
 """Of the table of all variants; the independent judge's come first."""
 
-_CURVE = ("reward", "published_reward", "identity", "prompt_following", "diversity", "copied")
+_CURVE = ("reward", "published_reward", "identity", "prompt_following", "diversity", "apart", "copied")
 
 
 def write_report(source: Path, to: Path) -> Path:

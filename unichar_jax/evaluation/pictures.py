@@ -33,6 +33,9 @@ Judge = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 THUMBNAIL = 32
 """Side at which pictures are compared for copies."""
 
+COPY = 0.5
+"""A picture that is less than this ``apart`` from the originals repeats one of them."""
+
 
 @dataclass(frozen=True)
 class Instruments:
@@ -70,9 +73,9 @@ def measure(case: Case, outputs: Sequence[Output], instruments: Instruments) -> 
     found: list[Metrics] = [{} for _ in outputs]
     pictures = [_open(o.data["picture"]) for o in outputs]
     originals = [_open(i.path) for i in case.train.images]
-    for one, copied in zip(found, copies(pictures, originals), strict=True):
-        if copied is not None:
-            one["copied"] = float(copied)
+    for one, distance in zip(found, apart(pictures, originals), strict=True):
+        if distance is not None:
+            one |= {"apart": distance, "copied": float(distance < COPY)}
     for places in _alike([p.shape for p in pictures]):
         stacked = np.stack([pictures[i] for i in places])
         group = [outputs[i] for i in places]
@@ -111,11 +114,11 @@ def shown_text(output: Output) -> str:
 # -- copies -------------------------------------------------------------------------------------------------
 
 
-def copies(pictures: Sequence[np.ndarray], originals: Sequence[np.ndarray]) -> list[bool | None]:
-    """Which pictures repeat an original; None without at least two originals to set the scale.
+def apart(pictures: Sequence[np.ndarray], originals: Sequence[np.ndarray]) -> list[float | None]:
+    """How far pictures are from the nearest original; None without at least two originals to set the scale.
 
-    Pictures are compared as 32 x 32 thumbnails by the root of the mean squared difference. One is a copy if
-    it is closer to an original than half of the median distance from an original to its nearest other.
+    Pictures are compared as 32 x 32 thumbnails by the root of the mean squared difference. The unit is the
+    median distance from an original to its nearest other: 1 is as new as they are to each other.
 
     Args:
       pictures: uint8 ``[H, W, 3]`` of any sizes.
@@ -124,11 +127,13 @@ def copies(pictures: Sequence[np.ndarray], originals: Sequence[np.ndarray]) -> l
     small = np.array([_thumbnail(p) for p in originals])
     if len(small) < 2:
         return [None] * len(pictures)
-    apart = _distances(small, small)
-    np.fill_diagonal(apart, np.inf)
-    bound = 0.5 * float(np.median(apart.min(axis=1)))
+    between = _distances(small, small)
+    np.fill_diagonal(between, np.inf)
+    unit = float(np.median(between.min(axis=1)))
+    if unit == 0:  # most originals are there twice
+        return [None] * len(pictures)
     nearest = _distances(np.array([_thumbnail(p) for p in pictures]), small).min(axis=1)
-    return [bool(d < bound) for d in nearest]
+    return [float(d / unit) for d in nearest]
 
 
 def _thumbnail(picture: np.ndarray) -> np.ndarray:

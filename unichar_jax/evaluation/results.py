@@ -86,6 +86,11 @@ METRICS: dict[str, Metric] = {
     ),
     "dino": Metric("DINO", shown="number", about="Mean cosine to the training pictures, picture encoder."),
     "diversity": Metric("diversity", shown="number", about="Mean distance between pictures of one prompt."),
+    "apart": Metric(
+        "apart from training pictures",
+        shown="number",
+        about="Distance to the nearest training picture; 1 is the usual one between training pictures.",
+    ),
     "copied": Metric(
         "copies",
         "lower",

@@ -198,7 +198,7 @@ MAIN: dict[str, tuple[str, ...]] = {
     "dialogue": ("voice",),
     "memorization": ("expected_words", "judged"),
     "personality": ("voice", "judged"),
-    "t2i": ("clip_t", "clip_i", "dino", "copied", "identity", "prompt_following"),
+    "t2i": ("clip_t", "clip_i", "dino", "apart", "copied", "identity", "prompt_following"),
     "t2t2i": ("clip_i", "dino", "identity", "consistency"),
 }
 """The metrics of each task that a line by character has room for."""
