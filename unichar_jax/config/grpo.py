@@ -106,6 +106,9 @@ class NFTConfig:
       beta: how far the implicit positive and negative policies stand from the one that drew.
       kl: weight of the squared distance from the reference model's velocity; 0 needs no reference.
       times: noised copies of a picture in an update, each at a time of its own.
+      scales: classifier-free guidance of the members of a group, in turn; empty: all have the rollout's. A
+        group drawn with several compares them, so that the learner, who has no guidance, takes from it what
+        the reward prefers: where all pictures of a prompt agree, nothing else tells them apart.
       old_rate, old_max: the policy that draws follows the learner with decay ``min(old_rate * round,
         old_max)``.
     """
@@ -113,6 +116,7 @@ class NFTConfig:
     beta: float = 1.0
     kl: float = 1e-4
     times: int = 2
+    scales: tuple[float, ...] = ()
     old_rate: float = 0.001
     old_max: float = 0.5
 
@@ -251,6 +255,11 @@ class GRPOConfig:
             self.group % lanes == 0,
             f"group {self.group} is not a multiple of the {lanes} rollout.window_starts: every start"
             " serves as many members; change one of the two.",
+        )
+        require(
+            self.group % (len(self.nft.scales) or 1) == 0,
+            f"group {self.group} is not a multiple of the {len(self.nft.scales)} nft.scales: every scale serves"
+            " as many members; change one of the two.",
         )
         lane = self.group // lanes
         prompts = self.prompts_per_batch

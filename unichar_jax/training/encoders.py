@@ -70,6 +70,8 @@ class EncoderTraining:
     """Folder of resumable states, one folder for each."""
     pool: Path = Path("cache/pool")
     """Folder of the drawn pictures."""
+    start: Path | None = None
+    """The judge only: a folder whose judge goes on learning, from a fresh optimizer; by default from nothing."""
     minutes: float = 15.0
     pictures: int = 16_000
     batch: int = 48
@@ -217,7 +219,8 @@ def train_judge(cfg: EncoderTraining) -> dict[str, Any]:
     def evaluate(weights: Weights) -> dict[str, float]:
         return {kind: found["mean"] for kind, found in accuracies(weights, 256).items()}
 
-    start = params.flat(params.initialize(declared, cfg.seed))
+    begun = mini.load_judge(cfg.start).judge if cfg.start else params.initialize(declared, cfg.seed)
+    start = {n: x.astype(jnp.float32) for n, x in params.flat(begun).items()}
     state = fit(_budget(cfg), start, loss_fn, batch_fn, evaluate)
     mini.save_judge(cfg.out / mini.JUDGE_FILE, _filled(declared, state.average))
     reader = mini.load_judge(cfg.out)  # as it is on disk, in bfloat16

@@ -47,12 +47,17 @@ def round_cost(cfg: GRPOConfig, model: ModelConfig, prefix: int = 128) -> RoundC
     """The cost of a round; ``prefix`` is the padded length of a prompt."""
     settings = settings_of(cfg.rollout)
     rows, columns = grid_of(cfg.rollout.height, cfg.rollout.width, model)
-    branches = 2 if cfg.rollout.text_scale > 1 else 1
     backward = (1 if cfg.trainable == "lora" else 2) + (cfg.compute.remat in ("full", "offload_inputs"))
-    # Branches of each step of the schedule.
-    steps = [branches if guided else 1 for a, b, guided in settings.flow.runs() for _ in range(a, b)]
+
+    def steps_of(branches: int) -> list[int]:
+        """Branches of each step of the schedule."""
+        return [branches if guided else 1 for a, b, guided in settings.flow.runs() for _ in range(a, b)]
+
+    branches = 2 if cfg.rollout.text_scale > 1 else 1
+    steps = steps_of(branches)
     if cfg.algorithm == "nft":
-        draw = sum(steps)
+        scales = cfg.nft.scales or (cfg.rollout.text_scale,)
+        draw = sum(sum(steps_of(2 if scale > 1 else 1)) for scale in scales) / len(scales)
         learn = cfg.nft.times * (1 + backward + 1 + (cfg.nft.kl > 0))
     else:
         a, b = settings.window_range

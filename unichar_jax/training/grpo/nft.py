@@ -8,14 +8,16 @@ the learner's velocity v is judged in two implicit policies around the velocity 
 Both predict the clean picture, ``x_t - t v``; the loss is ``c / beta (o e+ + (1 - o) e-)``, where the
 optimality ``o = (1 + A / c) / 2`` maps an advantage within [-c, c] to [0, 1]. An error e is the mean
 squared error divided by the (constant) mean absolute error, which weighs times alike. The velocity is that
-of the prompt alone: learning is guidance-free, whatever guidance the drawing used. The drawing policy is a
-moving average that starts equal to the learner after each of the first rounds and lags more and more.
+of the prompt alone: learning is guidance-free, whatever guidance the drawing used, and members of a group may
+differ in it (``NFTConfig.scales``). The drawing policy is a moving average that starts equal to the learner
+after each of the first rounds and lags more and more.
 
 Source: DiffusionNFT (arXiv 2509.16117).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -68,11 +70,19 @@ class NFT:
     ) -> tuple[jax.Array, jax.Array]:
         """As ``Algorithm.draw``; the record is the clean latents."""
         del start
-        group = keys.shape[0] // contexts.full.batch
-        prompts = jnp.repeat(jnp.arange(contexts.full.batch), group)
+        prompts, scales = contexts.full.batch, self.cfg.scales or (self.settings.guidance.text_scale,)
         noise = flow.draw_noise(keys, 0, self.grid, model.cfg.latent_dim)
-        spread = Contexts(kv.take(contexts.full, prompts))
-        final = flow.sample_latents(model, spread, noise, self.grid, self.settings)
+        # Member g of a group is drawn with scale g mod len(scales).
+        noise = noise.reshape(prompts, -1, len(scales), *noise.shape[1:])
+        rows = jnp.repeat(jnp.arange(prompts), noise.shape[1])
+        spread = Contexts(kv.take(contexts.full, rows))
+        drawn = []
+        for lane, scale in enumerate(scales):
+            guidance = dataclasses.replace(self.settings.guidance, text_scale=scale)
+            settings = dataclasses.replace(self.settings, guidance=guidance)
+            mine = noise[:, :, lane].reshape(-1, *noise.shape[3:])
+            drawn.append(flow.sample_latents(model, spread, mine, self.grid, settings))
+        final = jnp.stack(drawn, axis=1).reshape(-1, *noise.shape[3:])
         return final, final
 
     def items(self, record: jax.Array, key: jax.Array) -> Item:
