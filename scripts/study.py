@@ -25,8 +25,8 @@ from unichar_jax.errors import UserError
 class Report:
     """Writes the page, its numbers and a sheet of pictures, from saved results."""
 
-    folder: tyro.conf.Positional[Path]
-    """The study's folder, or that of an earlier report."""
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """The study's folder, or that of an earlier report; several are joined."""
     to: Path = Path("docs/study")
     """Gets the files."""
 
@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(chosen, Study):
             print(study_work.run(chosen))
         else:
-            print(study_report.write_report(chosen.folder, chosen.to))
+            print(study_report.write_report(chosen.folders, chosen.to))
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)
         return 1

@@ -16,10 +16,10 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import Scripted
 from unichar_jax.app import study_claims, study_work
-from unichar_jax.app.study import STAGE2, VARIANTS, Study, jobs
+from unichar_jax.app.study import OURS, PUBLISHED, STAGE2, VARIANTS, Study, jobs
 from unichar_jax.app.study_claims import CLAIMS, Check, Claim, examine, judge
 from unichar_jax.app.study_report import NUMBERS, PAGE, SHEET, page, write_report
-from unichar_jax.app.study_summary import COST, WITHIN_A_THIRD, Summary, summarise
+from unichar_jax.app.study_summary import COST, WITHIN_A_THIRD, Summary, joined, summarise
 from unichar_jax.app.study_work import Worker, changed, run
 from unichar_jax.config import presets
 from unichar_jax.config.train import SFTConfig
@@ -74,8 +74,8 @@ def test_what_matters_most_comes_first():
     assert {p[0] for p in untrained} == {"originals", "base", "profile", "profile_picture"}
     assert len(untrained) == 4 * 2
     order = list(dict.fromkeys(p[0] for p in first))
-    assert order.index("sft") < order.index("piped") < order.index("grpo") < order.index("flow_grpo")
-    assert order.index("grpo") < order.index("lora") < order.index("pictures_1") < order.index("no_diversity")
+    assert order.index("sft") < order.index("piped") < order.index("grpo") < order.index("early")
+    assert order.index(PUBLISHED) < order.index("lora") < order.index("pictures_1") < order.index("no_diversity")
     assert found.index("sft/Luna/seed-1") < found.index("text_only/Pip/seed-0")
     # A pipe follows its own two specialists at once, so that their checkpoints can go.
     at = found.index("piped/Pip/seed-0")
@@ -122,8 +122,8 @@ def test_goes_on_where_it_was(recorded, tmp_path):
     assert (plan["seeds"], plan["variants"]) == ([0, 1], ["base", "sft"])
     with pytest.raises(UserError, match="begun with guidance = 4.0"):
         run(dataclasses.replace(study, guidance=2.0))
-    with pytest.raises(UserError, match="did you mean 'flow_grpo'"):
-        Study(variants=("flow_gpo",))
+    with pytest.raises(UserError, match="did you mean 'early_flow_grpo'"):
+        Study(variants=("early_flow_gpo",))
 
 
 def test_checkpoints_stay_as_long_as_a_later_job_starts_from_them(recorded, tmp_path, monkeypatch):
@@ -135,17 +135,20 @@ def test_checkpoints_stay_as_long_as_a_later_job_starts_from_them(recorded, tmp_
         left.append({p.relative_to(tmp_path / "jobs").parts[0] for p in tmp_path.glob("jobs/*/*/*/run")})
 
     monkeypatch.setattr(Recorded, "forget", watched)
-    variants = ("sft", "text_only", "image_only", "piped", "grpo", "no_diversity", "lora")
+    variants = ("sft", "text_only", "image_only", "piped", "grpo", "early", "no_diversity", "lora")
     study = Study(out=tmp_path, characters=("Pip",), seeds=(0,), variants=variants, encoders="")
     run(study, say=lambda text: None)
     assert [p.split("/")[0] for p in recorded] == [
-        *("sft", "text_only", "image_only", "piped", "grpo", "lora", "no_diversity")
+        *("sft", "text_only", "image_only", "piped", "grpo", "early", "lora", "no_diversity")
     ]
     assert left == [
         {"sft"},
         {"sft", "text_only"},
         {"sft", "text_only", "image_only"},
-        *[{"sft"}] * 3,
+        {"sft"},
+        set(),
+        {"early"},
+        {"early"},
         set(),
     ]
     assert (tmp_path / "jobs/sft/Pip/seed-0/metrics.jsonl").is_file()
@@ -300,13 +303,13 @@ def test_what_was_trained_for_does_not_decide(tmp_path):
 
 def test_stage_2_is_compared_with_its_own_beginning_and_by_what_it_costs(tmp_path):
     folder = folder_of(
-        tmp_path, {"grpo": {IDENTITY: LOW}, "flow_grpo": {IDENTITY: LOW}}, characters=("Pip",), seeds=(0, 1)
+        tmp_path, {OURS: {IDENTITY: LOW}, PUBLISHED: {IDENTITY: LOW}}, characters=("Pip",), seeds=(0, 1)
     )
     curves = {
-        ("grpo", 0): [(0, 0.1), (100, 0.6), (200, 0.7)],
-        ("grpo", 1): [(0, 0.1), (100, 0.2), (200, 0.6)],
-        ("flow_grpo", 0): [(0, 0.1), (300, 0.2), (600, 0.5)],
-        ("flow_grpo", 1): [(0, 0.1), (300, 0.2), (600, 0.7)],
+        (OURS, 0): [(0, 0.1), (100, 0.6), (200, 0.7)],
+        (OURS, 1): [(0, 0.1), (100, 0.2), (200, 0.6)],
+        (PUBLISHED, 0): [(0, 0.1), (300, 0.2), (600, 0.5)],
+        (PUBLISHED, 1): [(0, 0.1), (300, 0.2), (600, 0.7)],
     }
     for (variant, seed), curve in curves.items():
         for place, (spent, reward) in enumerate(curve):
@@ -321,18 +324,18 @@ def test_stage_2_is_compared_with_its_own_beginning_and_by_what_it_costs(tmp_pat
                 settings={"round": 5 * place, "model_evaluations": spent},
             ).save(folder / f"jobs/{variant}/Pip/seed-{seed}/rounds/round-{5 * place:06d}.json")
     summary = summarise(folder)
-    assert summary.rounds("grpo") == [0, 5, 10]
-    grew = examine(Check("grpo@last", STAGE2, "published_reward", "grpo@first"), summary)
+    assert summary.rounds(OURS) == [0, 5, 10]
+    grew = examine(Check(f"{OURS}@last", STAGE2, "published_reward", f"{OURS}@first"), summary)
     assert (grew.verdict, grew.rewarded) == ("shows", True)
     assert grew.interval.mean == pytest.approx(0.55)
-    assert examine(Check("grpo@last", STAGE2, "copied", "grpo@first"), summary).verdict == "does not show"
+    assert examine(Check(f"{OURS}@last", STAGE2, "copied", f"{OURS}@first"), summary).verdict == "does not show"
     # Seed 0 reaches 0.51 after 100 of 600 evaluations, seed 1 never reaches 0.71.
-    reached = summary.values("grpo", COST, WITHIN_A_THIRD)["Pip"]
+    reached = summary.values(OURS, COST, WITHIN_A_THIRD)["Pip"]
     assert {item: set(seeds.values()) for item, seeds in reached.items()} == {
         "seed 0": {1.0},
         "seed 1": {0.0},
     }
-    assert summary.was_rewarded("grpo", WITHIN_A_THIRD)
+    assert summary.was_rewarded(OURS, WITHIN_A_THIRD)
 
 
 def test_claims_ask_for_what_variants_and_tasks_can_give():
@@ -389,6 +392,35 @@ def test_the_report_tells_the_command_without_the_base_at_hand():
         "    python scripts/study.py run --out runs/study --characters Pip --seeds 0 2 --variants base sft"
         " --base 'not here' --repetitions 1\n" in told
     )
+
+
+def test_parts_of_a_study_are_one(tmp_path):
+    """Two sessions, each with a character of its own, report what one would have."""
+    numbers = {"base": {IDENTITY: LOW, FOLLOWING: HIGH}, "sft": {IDENTITY: HIGH}}
+    whole = folder_of(tmp_path / "whole", numbers)
+    parts = [folder_of(tmp_path / name, numbers, characters=(name,)) for name in CHARACTERS]
+    together = joined(*map(summarise, parts))
+    alone = summarise(whole)
+    for check in (Check("sft", *IDENTITY, "base"), Check("base", *FOLLOWING, least=0.5)):
+        assert examine(check, together) == examine(check, alone)
+    assert sorted(together.missing) == sorted(alone.missing)
+    # A part that was reported already is as good as its folder.
+    write_report(parts[0], tmp_path / "docs")
+    write_report([tmp_path / "docs", parts[1]], tmp_path / "docs")
+    assert Summary.load(tmp_path / "docs" / NUMBERS) == together
+    other = json.loads((parts[1] / "study.json").read_text())
+    other["settings"]["guidance"] = 2.0
+    (parts[1] / "study.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"guidance = 4\.0 and 2\.0"):
+        write_report(parts, tmp_path / "docs")
+
+
+def test_the_later_part_counts(tmp_path):
+    first = folder_of(tmp_path / "first", {"sft": {IDENTITY: LOW}}, characters=("Pip",), seeds=(0,))
+    again = folder_of(tmp_path / "again", {"sft": {IDENTITY: HIGH}}, characters=("Pip",), seeds=(0, 1))
+    both = joined(summarise(first), summarise(again))
+    assert both.values("sft", *IDENTITY) == summarise(again).values("sft", *IDENTITY)
+    assert both.seeds == [0, 1]
 
 
 def test_an_empty_study_and_a_wrong_folder(tmp_path):

@@ -19,6 +19,7 @@ from unichar_jax.config import presets
 from unichar_jax.data.miniworld.cast import CAST, member
 from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.evaluation.items import Context
+from unichar_jax.scoring.mini import JUDGE_FILE
 
 ALL_PICTURES = 10
 """Training pictures of every variant that does not say otherwise."""
@@ -52,6 +53,7 @@ class Variant:
       pictures: how many there are to train on.
       pipe: variants that write and draw.
       held_out: the held-out replies and pictures themselves, which need no model.
+      tasks: what is measured; empty: all that the study measures.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Variant:
     pictures: int = ALL_PICTURES
     pipe: tuple[str, str] | None = None
     held_out: bool = False
+    tasks: tuple[str, ...] = ()
 
     @property
     def seeded(self) -> bool:
@@ -95,6 +98,15 @@ _LORA = {
     "optimizer.learning_rate": 1e-3,
 }
 
+_DRAWN = ("t2i", "t2t2i")
+"""Stage 2 leaves the understanding expert alone: there is nothing new to ask."""
+
+_EARLY = {"steps": 40}
+"""Of 150: where stage 1 has not yet learned all that stage 2 could teach."""
+
+OURS, PUBLISHED = "early_grpo", "early_flow_grpo"
+"""The two recipes of stage 2 that are compared, from the same start."""
+
 _ALL = (
     Variant("originals", "held-out originals", 0, held_out=True),
     Variant("base", "base, name only", 0),
@@ -104,15 +116,25 @@ _ALL = (
     Variant("text_only", "SFT on words only", 2, sft=_WORDS),
     Variant("image_only", "SFT on drawings only", 2, sft=_DRAWINGS),
     Variant("piped", "the two specialists piped", 2, pipe=("text_only", "image_only")),
-    Variant("grpo", "+ Character-GRPO (nft)", 3, grpo="grpo"),
-    Variant("flow_grpo", "+ Character-GRPO (published recipe)", 4, grpo="published"),
+    Variant("grpo", "+ Character-GRPO (nft)", 3, grpo="grpo", tasks=_DRAWN),
+    Variant("early", "Unified-SFT stopped early", 4, sft=_EARLY, tasks=_DRAWN),
+    Variant(OURS, "stopped early + nft", 4, grpo="grpo", start="early", tasks=_DRAWN),
+    Variant(
+        PUBLISHED, "stopped early + flow_grpo", 4, grpo="published", start="early", tasks=_DRAWN
+    ),
     Variant("lora", "Unified-SFT, adapters only", 5, sft=_LORA),
     Variant("pictures_1", "Unified-SFT from 1 picture", 6, sft={}, pictures=1),
     Variant("pictures_3", "Unified-SFT from 3 pictures", 6, sft={}, pictures=3),
     Variant("pictures_5", "Unified-SFT from 5 pictures", 6, sft={}, pictures=5),
     *(
         Variant(
-            f"no_{term}", f"+ Character-GRPO without {term.replace('_', ' ')}", 7, grpo="grpo", without=term
+            f"no_{term}",
+            f"stopped early + nft without {term.replace('_', ' ')}",
+            7,
+            grpo="grpo",
+            without=term,
+            start="early",
+            tasks=_DRAWN,
         )
         for term in ("visual_questions", "text_image_match", "identity_band", "diversity")
     ),
@@ -141,6 +163,7 @@ class Study:
       tasks: what is measured.
       repetitions: pictures of every held-out prompt, and replies to every held-out line.
       test_pictures: held-out pictures of a character.
+      held_out: prompts that stage 2 never trains on.
       draw_steps, guidance, max_tokens, temperature: of pictures and replies.
     """
 
@@ -159,6 +182,7 @@ class Study:
     tasks: tuple[str, ...] = TASKS
     repetitions: int = 2
     test_pictures: int = 6
+    held_out: int = 8
     draw_steps: int = 30
     guidance: float = 4.0
     max_tokens: int = 96
@@ -182,6 +206,10 @@ class Study:
         if weights.is_file():
             with weights.open("rb") as file:
                 decided["base_sha256"] = file_digest(file, "sha256").hexdigest()
+        judge = shipped(self.encoders) / JUDGE_FILE if self.encoders else None
+        if judge and judge.is_file():
+            with judge.open("rb") as file:
+                decided["judge_sha256"] = file_digest(file, "sha256").hexdigest()
         return json.loads(json.dumps(decided))
 
 

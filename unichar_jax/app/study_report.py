@@ -7,6 +7,7 @@ for the same numbers. What is missing is said; nothing is asked of a model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from unichar_jax.app.report import compare
 from unichar_jax.app.sheet import contact_sheet
 from unichar_jax.app.study import ALL_PICTURES, STAGE2, VARIANTS, Study, jobs
 from unichar_jax.app.study_claims import CLAIMS, SOURCES, UNTESTABLE, Finding, Judged, metric_of
-from unichar_jax.app.study_summary import Summary, summarise, title
+from unichar_jax.app.study_summary import Summary, joined, summarise, title
 from unichar_jax.evaluation.results import Results
 from unichar_jax.evaluation.stats import mean_interval
 from unichar_jax.evaluation.tables import REWARD_MARK, bounds, change_text, number
@@ -45,20 +46,26 @@ COLUMNS = (
 _CURVE = ("reward", "published_reward", "identity", "prompt_following", "diversity", "apart", "copied")
 
 
-def write_report(source: Path, to: Path) -> Path:
+def write_report(sources: Path | Sequence[Path], to: Path) -> Path:
     """Writes ``README.md``, ``results.json`` and, where pictures are at hand, ``sheet.png``; returns the page.
 
     Args:
-      source: a study's folder, or one with the ``results.json`` of an earlier report.
+      sources: studies' folders, or folders with the ``results.json`` of an earlier report; several are one study
+        that was run in parts, and count with what the later ones measured where parts overlap.
       to: gets the files.
 
     Raises:
-      UserError: ``source`` is neither.
+      UserError: a folder is neither, or the parts were run with different settings.
     """
-    fresh = (source / "study.json").is_file() or not (source / NUMBERS).is_file()
-    summary = summarise(source) if fresh else Summary.load(source / NUMBERS)
+    folders = [sources] if isinstance(sources, Path) else list(sources)
+    is_fresh = lambda source: (source / "study.json").is_file() or not (source / NUMBERS).is_file()  # noqa: E731
+    summary = functools.reduce(
+        joined, [summarise(s) if is_fresh(s) else Summary.load(s / NUMBERS) for s in folders]
+    )
     to.mkdir(parents=True, exist_ok=True)
-    drawn = _sheet(source, summary, to / SHEET) if fresh else (to / SHEET).is_file()
+    fresh = [source for source in folders if is_fresh(source)]
+    drawn = any([_sheet(source, summarise(source), to / SHEET) for source in fresh[-1:]])
+    drawn = drawn or (to / SHEET).is_file()
     _write(to / NUMBERS, summary.to_json())
     _write(to / PAGE, page(summary, with_sheet=drawn))
     return to / PAGE

@@ -7,6 +7,7 @@ stage 2 on its own held-out prompts before and after its training, ``grpo@5`` af
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections import defaultdict
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from unichar_jax.app.study import REWARDS, STAGE2, VARIANTS, jobs
+from unichar_jax.app.study import OURS, PUBLISHED, REWARDS, STAGE2, VARIANTS, jobs
+from unichar_jax.data.miniworld.cast import CAST
 from unichar_jax.errors import UserError
 from unichar_jax.evaluation.results import Results
 from unichar_jax.evaluation.stats import Values
@@ -26,7 +28,7 @@ ANY = "any"
 """In place of a seed: nothing was trained, so the numbers are those of every seed."""
 
 COST, WITHIN_A_THIRD = "cost", "within_a_third"
-"""Of ``grpo``: did a run reach the published recipe's last held-out reward with a third of the evaluations?"""
+"""Of our recipe: did a run reach the published recipe's last held-out reward with a third of the evaluations?"""
 
 _CHOSEN = ("answer_accuracy", "accuracy", "text_accuracy")
 _DRAWN = ("identity", "prompt_following", "clip_t", "clip_i", "dino", "diversity", "apart", "copied")
@@ -159,6 +161,49 @@ def summarise(folder: Path) -> Summary:
     return summary
 
 
+def joined(first: Summary, second: Summary) -> Summary:
+    """Both studies as one, where they measured the same job the second's numbers.
+
+    Raises:
+      UserError: they were run with different settings.
+    """
+    kept = lambda s: {k: v for k, v in s.settings.items() if k != "versions"}  # noqa: E731
+    one, other = kept(first), kept(second)
+    differing = sorted(k for k in one | other if one.get(k) != other.get(k))
+    if differing:
+        told = "; ".join(f"{k} = {one.get(k)!r} and {other.get(k)!r}" for k in differing)
+        raise UserError(f"two studies do not belong together: {told}. Report each by itself.")
+    both = copy.deepcopy(first)
+    for name, known in (("variants", list(VARIANTS)), ("characters", list(CAST)), ("seeds", None)):
+        found = {*getattr(first, name), *getattr(second, name)}
+        setattr(both, name, sorted(found, key=known.index if known else None))
+    for subject, by_seed in second.numbers.items():
+        for seed, by_character in by_seed.items():
+            for character, columns in by_character.items():
+                mine = _columns(both, subject, seed, character)
+                for name, column in columns.items():
+                    task = name.partition("/")[0]
+                    keys = both.items.setdefault(task, {}).setdefault(character, [])
+                    theirs = second.items[task][character]
+                    keys += [key for key in theirs if key not in keys]
+                    values = dict(zip(theirs, column, strict=False))
+                    mine[name] = [values.get(key) for key in keys]
+    planned = [job.place for job in jobs(both.variants, both.characters, both.seeds)]
+    done = {p for s in (first, second) for p in _done(s)}
+    both.missing = [place for place in planned if place not in done]
+    for name, metrics in second.rewarded.items():
+        both.rewarded[name] = sorted({*metrics, *both.rewarded.get(name, ())})
+    both.left_out |= second.left_out
+    both.evaluations |= second.evaluations
+    _add_cost(both)
+    return both
+
+
+def _done(summary: Summary) -> set[str]:
+    planned = {job.place for job in jobs(summary.variants, summary.characters, summary.seeds)}
+    return planned - set(summary.missing)
+
+
 def _add(summary: Summary, subject: str, seed: str, results: Results) -> None:
     for task, metrics in KEPT.items():
         for metric in metrics:
@@ -184,23 +229,23 @@ def _add_cost(summary: Summary) -> None:
     """For each character and seed where the published recipe learned at all: was ours as good in a third?"""
     reached: dict[str, dict[int, float]] = defaultdict(dict)
     for character, seed, goal, spent in _goals(summary):
-        ours = _curve(summary, "grpo", character, seed)
+        ours = _curve(summary, OURS, character, seed)
         if ours:
             needed = [n for n, reward in ours if reward >= goal]
             reached[character][seed] = float(bool(needed) and 3 * needed[0] <= spent)
     for character, by_seed in reached.items():
         summary.items.setdefault(COST, {})[character] = [f"seed {seed}" for seed in sorted(by_seed)]
         column: list[float | None] = [by_seed[seed] for seed in sorted(by_seed)]
-        _columns(summary, "grpo", ANY, character)[f"{COST}/{WITHIN_A_THIRD}"] = column
+        _columns(summary, OURS, ANY, character)[f"{COST}/{WITHIN_A_THIRD}"] = column
     if reached:
-        summary.rewarded["grpo"] = sorted({*summary.rewarded.get("grpo", ()), WITHIN_A_THIRD})
+        summary.rewarded[OURS] = sorted({*summary.rewarded.get(OURS, ()), WITHIN_A_THIRD})
 
 
 def _goals(summary: Summary) -> Iterator[tuple[str, int, float, float]]:
     """(character, seed, last reward of the published recipe, evaluations it took)."""
     for character in summary.characters:
         for seed in summary.seeds:
-            curve = _curve(summary, "flow_grpo", character, seed)
+            curve = _curve(summary, PUBLISHED, character, seed)
             if len(curve) > 1 and curve[-1][1] > curve[0][1]:
                 yield character, seed, curve[-1][1], curve[-1][0]
 

@@ -234,6 +234,7 @@ class Worker:
             "prompts": str(self.data(character) / "personalized_t2i" / character),
             "encoders": self.study.encoders,
             "rounds": self.study.rounds or preset.rounds,
+            "held_out": self.study.held_out,
             "seed": seed,
             "save.keep": 1,
             "reward": [t | ({"weight": 0.0} if t["name"] == variant.without else {}) for t in terms],
@@ -282,7 +283,8 @@ class Worker:
 
     def _measure(self, job: Job, folder: Path) -> Results:
         variant, study, case = job.variant, self.study, self.case(job.character)
-        plan = Plan(study.tasks, study.repetitions, variant.context)
+        tasks = tuple(t for t in study.tasks if t in (variant.tasks or study.tasks))
+        plan = Plan(tasks, study.repetitions, variant.context)
         if variant.held_out:
             return originals([case], plan, self.instruments, variant.title)
         rewarded: tuple[str, ...] = ()
