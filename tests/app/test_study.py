@@ -75,7 +75,9 @@ def test_what_matters_most_comes_first():
     assert len(untrained) == 4 * 2
     order = list(dict.fromkeys(p[0] for p in first))
     assert order.index("sft") < order.index("piped") < order.index("grpo") < order.index("early")
-    assert order.index(PUBLISHED) < order.index("lora") < order.index("pictures_1") < order.index("no_diversity")
+    assert (
+        order.index(PUBLISHED) < order.index("lora") < order.index("pictures_1") < order.index("no_diversity")
+    )
     assert found.index("sft/Luna/seed-1") < found.index("text_only/Pip/seed-0")
     # A pipe follows its own two specialists at once, so that their checkpoints can go.
     at = found.index("piped/Pip/seed-0")
@@ -328,7 +330,9 @@ def test_stage_2_is_compared_with_its_own_beginning_and_by_what_it_costs(tmp_pat
     grew = examine(Check(f"{OURS}@last", STAGE2, "published_reward", f"{OURS}@first"), summary)
     assert (grew.verdict, grew.rewarded) == ("shows", True)
     assert grew.interval.mean == pytest.approx(0.55)
-    assert examine(Check(f"{OURS}@last", STAGE2, "copied", f"{OURS}@first"), summary).verdict == "does not show"
+    assert (
+        examine(Check(f"{OURS}@last", STAGE2, "copied", f"{OURS}@first"), summary).verdict == "does not show"
+    )
     # Seed 0 reaches 0.51 after 100 of 600 evaluations, seed 1 never reaches 0.71.
     reached = summary.values(OURS, COST, WITHIN_A_THIRD)["Pip"]
     assert {item: set(seeds.values()) for item, seeds in reached.items()} == {

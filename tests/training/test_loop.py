@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +235,29 @@ def test_the_speed_leaves_out_what_is_no_training(tmp_path, monkeypatch):
     log.close()
     (line,) = read(tmp_path / "speed.jsonl")
     assert (line["seconds_per_step"], line["tokens_per_s"], line["mfu"]) == (2, 50, 0.5)
+
+
+def test_every_line_has_the_time_of_its_own_step(tmp_path, monkeypatch):
+    """A step that is waited for is recorded at its end; hooks and saves are no part of it."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+
+    def step(state, batch):
+        now[0] += 3
+        return state, {"loss": np.float32(batch)}
+
+    def hook(done, state):
+        now[0] += 50
+
+    log = MetricsLog(tmp_path / "metrics.jsonl", 7, quiet=True)
+    manager: Any = SimpleNamespace(wait=lambda: None)
+    data: Any = itertools.count()
+    monkeypatch.setattr(loop_lib.Loop, "save", lambda self, done, state: hook(done, state))
+    loop = loop_lib.Loop(step, None, data, manager, log, 7, 5, 1, [(3, hook)])  # type: ignore[arg-type]
+    loop.run(SimpleNamespace(step=0))  # type: ignore[arg-type]
+    assert [r["loss"] for r in read(log.path)] == list(range(7))
+    lines = read(tmp_path / "speed.jsonl")
+    assert [(r["step"], r["seconds_per_step"]) for r in lines] == [(n, 3) for n in range(2, 8)]
 
 
 # -- useful work --------------------------------------------------------------------------------------------

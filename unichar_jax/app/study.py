@@ -119,9 +119,7 @@ _ALL = (
     Variant("grpo", "+ Character-GRPO (nft)", 3, grpo="grpo", tasks=_DRAWN),
     Variant("early", "Unified-SFT stopped early", 4, sft=_EARLY, tasks=_DRAWN),
     Variant(OURS, "stopped early + nft", 4, grpo="grpo", start="early", tasks=_DRAWN),
-    Variant(
-        PUBLISHED, "stopped early + flow_grpo", 4, grpo="published", start="early", tasks=_DRAWN
-    ),
+    Variant(PUBLISHED, "stopped early + flow_grpo", 4, grpo="published", start="early", tasks=_DRAWN),
     Variant("lora", "Unified-SFT, adapters only", 5, sft=_LORA),
     Variant("pictures_1", "Unified-SFT from 1 picture", 6, sft={}, pictures=1),
     Variant("pictures_3", "Unified-SFT from 3 pictures", 6, sft={}, pictures=3),
