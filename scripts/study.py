@@ -3,7 +3,10 @@
     python scripts/study.py run --out runs/study --characters Pip Luna --seeds 0 1 2 --minutes 60
     python scripts/study.py report runs/study --to docs/study
 
-``run`` goes on where it was; ``report`` needs saved results only, and reports what is there.
+``run`` goes on where it was; ``report`` needs saved results only, and reports what is there. What another machine or
+another day adds is joined to what was reported:
+
+    python scripts/study.py report docs/study runs/more --to docs/study
 """
 
 from __future__ import annotations
