@@ -155,16 +155,24 @@ class VisualQuestions:
     def _answer(self, seen: KVCache, asked: Sequence[_Asked], first: int) -> list[float]:
         tokens = self._model().cfg.special_tokens
         frame = lambda s: [tokens.bos, *self._tokenizer.encode(s), tokens.eos]  # noqa: E731
-        rows = [(a.picture - first, a.question, sentence(answer)) for a in asked for answer in a.answers]
-        size = max(len(rows), self._batch_size)
-        rows += [rows[-1]] * (size - len(rows))
-        questions, question_lengths = _padded([frame(q) for _, q, _ in rows])
-        answers, answer_lengths = _padded([frame(a) for _, _, a in rows])
-        capacity = kv.bucket(seen.capacity + questions.shape[1] + answers.shape[1])
-        pictures = np.array([p for p, _, _ in rows], np.int32)
+        rows = [(i, sentence(answer)) for i, a in enumerate(asked) for answer in a.answers]
+        rows += [rows[-1]] * (self._batch_size - len(rows))
+        # A question is read once for all of its answers; few sizes mean few compiled programs.
+        questions = [(a.picture - first, a.question) for a in asked]
+        questions += [questions[-1]] * (kv.bucket(len(questions), 8) - len(questions))
+        question_ids, question_lengths = _padded([frame(q) for _, q in questions])
+        answers, answer_lengths = _padded([frame(a) for _, a in rows])
         log_probs = np.asarray(
             _log_probs(
-                self._model(), seen, pictures, questions, question_lengths, answers, answer_lengths, capacity
+                self._model(),
+                seen,
+                np.array([p for p, _ in questions], np.int32),
+                question_ids,
+                question_lengths,
+                np.array([i for i, _ in rows], np.int32),
+                answers,
+                answer_lengths,
+                kv.bucket(seen.capacity + question_ids.shape[1] + answers.shape[1]),
             ),
             np.float64,
         )
@@ -209,11 +217,12 @@ def _log_probs(
     pictures: jax.Array,
     questions: jax.Array,
     question_lengths: jax.Array,
+    asked: jax.Array,
     answers: jax.Array,
     answer_lengths: jax.Array,
     capacity: int,
 ) -> jax.Array:
-    """Log-probability ``[R]`` of each answer (with its EOS) after a picture and a question."""
+    """Log-probability ``[R]`` of each answer (with its EOS) after its question ``asked`` and that one's picture."""
     cache = kv.grow(kv.take(seen, pictures), capacity)
     cache = kv.prefill_text(model, cache, questions, question_lengths)
-    return text.token_log_probs(model, cache, answers, answer_lengths).sum(axis=1)
+    return text.token_log_probs(model, kv.take(cache, asked), answers, answer_lengths).sum(axis=1)
