@@ -63,9 +63,7 @@ def write_report(sources: Path | Sequence[Path], to: Path) -> Path:
         joined, [summarise(s) if is_fresh(s) else Summary.load(s / NUMBERS) for s in folders]
     )
     to.mkdir(parents=True, exist_ok=True)
-    fresh = [source for source in folders if is_fresh(source)]
-    drawn = any([_sheet(source, summarise(source), to / SHEET) for source in fresh[-1:]])
-    drawn = drawn or (to / SHEET).is_file()
+    drawn = _sheet([s for s in folders if is_fresh(s)], summary, to / SHEET) or (to / SHEET).is_file()
     _write(to / NUMBERS, summary.to_json())
     _write(to / PAGE, page(summary, with_sheet=drawn))
     return to / PAGE
@@ -174,8 +172,8 @@ def _what_was_run(summary: Summary) -> str:
         "At the end of stage 1 little is left to win: prompts are followed, and the pictures of a prompt hardly differ."
         " So the recipes of stage 2 are also compared from a stage 1 of 40 steps, where looks are half learned."
         " Diversity is then for the most part that of wrong looks, and falls as they are mended.",
-        "Each recipe's held-out pictures are drawn as it learns to draw: nft without guidance, the published recipe with"
-        " (scale 4, two evaluations a step), which the text-image term of the reward favours. Its learning rate is"
+        "Each recipe's held-out pictures are drawn as it learns to draw: nft without guidance, the published recipe"
+        " with (scale 4, two evaluations a step), which the text-image term of the reward favours. Its learning rate is"
         " raised from the published 1e-5 to 3e-4, because this model is two thousand times smaller.",
         "Intervals: 95 %, paired bootstrap over held-out items; an item's repetitions and seeds are averaged first,"
         " characters count alike. They say what other items would change; what another training seed changes is shown"
@@ -291,11 +289,16 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # -- pictures -----------------------------------------------------------------------------------------------
 
 
-def _sheet(folder: Path, summary: Summary, path: Path) -> bool:
-    """The first character and seed of whom most variants are done; False without any picture."""
-    done = [
-        j for j in jobs(summary.variants, summary.characters, summary.seeds) if j.place not in summary.missing
-    ]
+def _sheet(folders: Sequence[Path], summary: Summary, path: Path) -> bool:
+    """The first character and seed of whom most variants have pictures; False without any picture."""
+    planned = jobs(summary.variants, summary.characters, summary.seeds)
+    homes = {
+        job.place: home
+        for job in planned
+        for home in (folder / "jobs" / job.place for folder in folders)
+        if (home / "results.json").is_file()
+    }
+    done = [job for job in planned if job.place in homes]
     shown = {
         (character, seed): [j for j in done if j.character == character and j.seed in (None, seed)]
         for character in summary.characters
@@ -305,7 +308,7 @@ def _sheet(folder: Path, summary: Summary, path: Path) -> bool:
     order = list(VARIANTS)
     results = []
     for job in sorted(best, key=lambda j: order.index(j.variant.name)):
-        home = folder / "jobs" / job.place
+        home = homes[job.place]
         found = Results.load(home / "results.json")
         records = tuple(
             dataclasses.replace(r, picture=str(home / r.picture)) for r in found.records if r.picture
