@@ -220,7 +220,7 @@ class Loop:
 
 def _is_ready(metrics: dict[str, Any]) -> bool:
     """Whether reading them waits for nothing."""
-    return all(x.is_ready() for x in jax.tree.leaves(metrics) if isinstance(x, jax.Array))
+    return all(x.is_ready() for x in jax.tree.leaves(metrics) if isinstance(x, jax.Array))  # type: ignore[attr-defined]
 
 
 def _preempted(step: int) -> bool:
