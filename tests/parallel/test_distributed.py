@@ -128,7 +128,7 @@ def _free_port() -> int:
     for port in random.SystemRandom().sample(range(20_000, 32_000, 2), 100):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for wanted in (port, port + 1):
-                stack.enter_context(socket.create_server(("", wanted), reuse_port=False))
+                stack.enter_context(distributed._listen(wanted))
             return port
     raise OSError("a hundred ports are taken")
 

@@ -101,7 +101,7 @@ _LORA = {
 _DRAWN = ("t2i", "t2t2i")
 """Stage 2 leaves the understanding expert alone: there is nothing new to ask."""
 
-_EARLY = {"steps": 40}
+EARLY_STEPS = 40
 """Of 150: where stage 1 has not yet learned all that stage 2 could teach."""
 
 OURS, PUBLISHED = "early_grpo", "early_flow_grpo"
@@ -117,7 +117,7 @@ _ALL = (
     Variant("image_only", "SFT on drawings only", 2, sft=_DRAWINGS),
     Variant("piped", "the two specialists piped", 2, pipe=("text_only", "image_only")),
     Variant("grpo", "+ Character-GRPO (nft)", 3, grpo="grpo", tasks=_DRAWN),
-    Variant("early", "Unified-SFT stopped early", 4, sft=_EARLY, tasks=_DRAWN),
+    Variant("early", "Unified-SFT stopped early", 4, sft={"steps": EARLY_STEPS}, tasks=_DRAWN),
     Variant(OURS, "stopped early + nft", 4, grpo="grpo", start="early", tasks=_DRAWN),
     Variant(PUBLISHED, "stopped early + flow_grpo", 4, grpo="published", start="early", tasks=_DRAWN),
     Variant("lora", "Unified-SFT, adapters only", 5, sft=_LORA),
@@ -200,14 +200,13 @@ class Study:
         """What decides numbers: it must be the same for all that is in ``out``."""
         plan = ("out", "characters", "seeds", "variants", "minutes")
         decided = {k: v for k, v in dataclasses.asdict(self).items() if k not in plan}
-        weights = shipped(self.base) / "ema.safetensors"
-        if weights.is_file():
-            with weights.open("rb") as file:
-                decided["base_sha256"] = file_digest(file, "sha256").hexdigest()
-        judge = shipped(self.encoders) / JUDGE_FILE if self.encoders else None
-        if judge and judge.is_file():
-            with judge.open("rb") as file:
-                decided["judge_sha256"] = file_digest(file, "sha256").hexdigest()
+        files = {"base_sha256": shipped(self.base) / "ema.safetensors"}
+        if self.encoders:
+            files["judge_sha256"] = shipped(self.encoders) / JUDGE_FILE
+        for name, path in files.items():
+            if path.is_file():
+                with path.open("rb") as file:
+                    decided[name] = file_digest(file, "sha256").hexdigest()
         return json.loads(json.dumps(decided))
 
 
@@ -247,6 +246,21 @@ def jobs(variants: Sequence[str], characters: Sequence[str], seeds: Sequence[int
                     elif turn == 0:
                         found.append(Job(variant, character, None))
     return found
+
+
+def plan_of(*parts: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The variants, characters and seeds that any part of a study plans, in the order of tables."""
+    orders = {"variants": list(VARIANTS), "characters": list(CAST), "seeds": None}
+    return {
+        name: sorted({x for part in parts for x in part.get(name, ())}, key=order.index if order else None)
+        for name, order in orders.items()
+    }
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings of two studies that are not equal: their numbers do not compare."""
+    names = [*other, *(name for name in one if name not in other)]
+    return {n: (one.get(n), other.get(n)) for n in names if one.get(n) != other.get(n)}
 
 
 def shipped(name: str) -> Path:

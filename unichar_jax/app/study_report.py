@@ -16,7 +16,7 @@ from typing import Any
 from unichar_jax.app import study_claims as claims
 from unichar_jax.app.report import compare
 from unichar_jax.app.sheet import contact_sheet
-from unichar_jax.app.study import ALL_PICTURES, STAGE2, VARIANTS, Study, jobs
+from unichar_jax.app.study import ALL_PICTURES, EARLY_STEPS, STAGE2, VARIANTS, Study
 from unichar_jax.app.study_claims import CLAIMS, SOURCES, UNTESTABLE, Finding, Judged, metric_of
 from unichar_jax.app.study_summary import Summary, joined, summarise, title
 from unichar_jax.evaluation.results import Results
@@ -118,7 +118,7 @@ def conclusion(judged: list[Judged], summary: Summary) -> str:
         if found:
             told.append("\n".join([f"**{start}:**", "", *found]))
     if summary.missing:
-        planned = len(jobs(summary.variants, summary.characters, summary.seeds))
+        planned = len(summary.planned)
         told.append(
             f"The study is incomplete: {planned - len(summary.missing)} of {planned} planned jobs are done."
         )
@@ -170,8 +170,8 @@ def _what_was_run(summary: Summary) -> str:
         + f"; {settings['repetitions']} repetitions of what is random, {settings['draw_steps']} drawing steps,"
         f" guidance {settings['guidance']:g}.",
         "At the end of stage 1 little is left to win: prompts are followed, and the pictures of a prompt hardly differ."
-        " So the recipes of stage 2 are also compared from a stage 1 of 40 steps, where looks are half learned."
-        " Diversity is then for the most part that of wrong looks, and falls as they are mended.",
+        f" So the recipes of stage 2 are also compared from a stage 1 of {EARLY_STEPS} steps, where looks are half"
+        " learned. Diversity is then for the most part that of wrong looks, and falls as they are mended.",
         "Each recipe's held-out pictures are drawn as it learns to draw: nft without guidance, the published recipe"
         " with (scale 4, two evaluations a step), which the text-image term of the reward favours. Its learning rate is"
         " raised from the published 1e-5 to 3e-4, because this model is two thousand times smaller.",
@@ -291,14 +291,13 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _sheet(folders: Sequence[Path], summary: Summary, path: Path) -> bool:
     """The first character and seed of whom most variants have pictures; False without any picture."""
-    planned = jobs(summary.variants, summary.characters, summary.seeds)
     homes = {
         job.place: home
-        for job in planned
+        for job in summary.planned
         for home in (folder / "jobs" / job.place for folder in folders)
         if (home / "results.json").is_file()
     }
-    done = [job for job in planned if job.place in homes]
+    done = [job for job in summary.planned if job.place in homes]
     shown = {
         (character, seed): [j for j in done if j.character == character and j.seed in (None, seed)]
         for character in summary.characters

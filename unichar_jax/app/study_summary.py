@@ -18,8 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from unichar_jax.app.study import OURS, PUBLISHED, REWARDS, STAGE2, VARIANTS, jobs
-from unichar_jax.data.miniworld.cast import CAST
+from unichar_jax.app.study import (
+    OURS,
+    PUBLISHED,
+    REWARDS,
+    STAGE2,
+    VARIANTS,
+    Job,
+    differing,
+    jobs,
+    plan_of,
+)
 from unichar_jax.errors import UserError
 from unichar_jax.evaluation.results import Results
 from unichar_jax.evaluation.stats import Values
@@ -103,10 +112,21 @@ class Summary:
     def was_rewarded(self, subject: str, metric: str) -> bool:
         return metric in self.rewarded.get(subject.partition("@")[0], ())
 
+    @property
+    def planned(self) -> list[Job]:
+        """In the order in which they are done."""
+        return jobs(self.variants, self.characters, self.seeds)
+
+    @property
+    def done(self) -> list[Job]:
+        return [job for job in self.planned if job.place not in self.missing]
+
     def coverage(self, variant: str) -> tuple[int, int]:
         """Jobs of a variant that are done, and planned."""
-        planned = [j.place for j in jobs([variant], self.characters, self.seeds)]
-        return len(planned) - len(set(planned) & set(self.missing)), len(planned)
+        done, planned = (
+            [j for j in found if j.variant.name == variant] for found in (self.done, self.planned)
+        )
+        return len(done), len(planned)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n"
@@ -139,7 +159,7 @@ def summarise(folder: Path) -> Summary:
     summary = Summary(
         plan["settings"] | {"versions": plan["versions"]}, plan["variants"], plan["characters"], plan["seeds"]
     )
-    for job in jobs(summary.variants, summary.characters, summary.seeds):
+    for job in summary.planned:
         home, name = folder / "jobs" / job.place, job.variant.name
         seed = ANY if job.seed is None else str(job.seed)
         if not (home / "results.json").is_file():
@@ -167,16 +187,11 @@ def joined(first: Summary, second: Summary) -> Summary:
     Raises:
       UserError: they were run with different settings.
     """
-    kept = lambda s: {k: v for k, v in s.settings.items() if k != "versions"}  # noqa: E731
-    one, other = kept(first), kept(second)
-    differing = sorted(k for k in one | other if one.get(k) != other.get(k))
-    if differing:
-        told = "; ".join(f"{k} = {one.get(k)!r} and {other.get(k)!r}" for k in differing)
+    unequal = differing(first.settings, second.settings | {"versions": first.settings.get("versions")})
+    if unequal:
+        told = "; ".join(f"{name} = {one!r} and {other!r}" for name, (one, other) in unequal.items())
         raise UserError(f"two studies do not belong together: {told}. Report each by itself.")
-    both = copy.deepcopy(first)
-    for name, known in (("variants", list(VARIANTS)), ("characters", list(CAST)), ("seeds", None)):
-        found = {*getattr(first, name), *getattr(second, name)}
-        setattr(both, name, sorted(found, key=known.index if known else None))
+    both = dataclasses.replace(copy.deepcopy(first), **plan_of(vars(first), vars(second)))
     for subject, by_seed in second.numbers.items():
         for seed, by_character in by_seed.items():
             for character, columns in by_character.items():
@@ -188,20 +203,14 @@ def joined(first: Summary, second: Summary) -> Summary:
                     keys += [key for key in theirs if key not in keys]
                     values = dict(zip(theirs, column, strict=False))
                     mine[name] = [values.get(key) for key in keys]
-    planned = [job.place for job in jobs(both.variants, both.characters, both.seeds)]
-    done = {p for s in (first, second) for p in _done(s)}
-    both.missing = [place for place in planned if place not in done]
+    done = {job.place for part in (first, second) for job in part.done}
+    both.missing = [job.place for job in both.planned if job.place not in done]
     for name, metrics in second.rewarded.items():
         both.rewarded[name] = sorted({*metrics, *both.rewarded.get(name, ())})
     both.left_out |= second.left_out
     both.evaluations |= second.evaluations
     _add_cost(both)
     return both
-
-
-def _done(summary: Summary) -> set[str]:
-    planned = {job.place for job in jobs(summary.variants, summary.characters, summary.seeds)}
-    return planned - set(summary.missing)
 
 
 def _add(summary: Summary, subject: str, seed: str, results: Results) -> None:

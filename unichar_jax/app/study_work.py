@@ -37,15 +37,17 @@ from unichar_jax.app.study import (
     Job,
     Study,
     Variant,
+    differing,
     jobs,
     place,
+    plan_of,
     shipped,
 )
 from unichar_jax.checkpoint import runs
 from unichar_jax.config import presets
 from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.config.train import SFTConfig
-from unichar_jax.data.miniworld.cast import CAST, member
+from unichar_jax.data.miniworld.cast import member
 from unichar_jax.data.miniworld.write import write_character
 from unichar_jax.data.rl_prompts import RLPrompt
 from unichar_jax.errors import UserError
@@ -97,19 +99,12 @@ def _register(study: Study) -> list[Job]:
     path = study.out / "study.json"
     settings = study.settings()
     known = json.loads(path.read_text("utf-8")) if path.is_file() else {"settings": settings}
-    for name in settings | known["settings"]:
-        old, new = known["settings"].get(name), settings.get(name)
-        if old != new:
-            raise UserError(
-                f"{path}: this study was begun with {name} = {old!r}, and now it is {new!r}; numbers would not be"
-                " comparable. Use the old value, or another --out."
-            )
-    for name, wanted, order in (
-        ("variants", study.variants, list(VARIANTS)),
-        ("characters", study.characters, list(CAST)),
-        ("seeds", study.seeds, None),
-    ):
-        known[name] = sorted({*known.get(name, ()), *wanted}, key=order.index if order else None)
+    for name, (old, new) in differing(known["settings"], settings).items():
+        raise UserError(
+            f"{path}: this study was begun with {name} = {old!r}, and now it is {new!r}; numbers would not be"
+            " comparable. Use the old value, or another --out."
+        )
+    known |= plan_of(known, vars(study))
     known.setdefault("versions", versions())
     study.out.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps(known, indent=1) + "\n")

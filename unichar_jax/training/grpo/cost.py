@@ -49,17 +49,17 @@ def round_cost(cfg: GRPOConfig, model: ModelConfig, prefix: int = 128) -> RoundC
     rows, columns = grid_of(cfg.rollout.height, cfg.rollout.width, model)
     backward = (1 if cfg.trainable == "lora" else 2) + (cfg.compute.remat in ("full", "offload_inputs"))
 
-    def steps_of(branches: int) -> list[int]:
+    def steps_of(scale: float) -> list[int]:
         """Branches of each step of the schedule."""
-        return [branches if guided else 1 for a, b, guided in settings.flow.runs() for _ in range(a, b)]
+        runs = settings.flow.runs()
+        return [2 if guided and scale > 1 else 1 for a, b, guided in runs for _ in range(a, b)]
 
-    branches = 2 if cfg.rollout.text_scale > 1 else 1
-    steps = steps_of(branches)
     if cfg.algorithm == "nft":
         scales = cfg.nft.scales or (cfg.rollout.text_scale,)
-        draw = sum(sum(steps_of(2 if scale > 1 else 1)) for scale in scales) / len(scales)
+        draw = sum(sum(steps_of(scale)) for scale in scales) / len(scales)
         learn = cfg.nft.times * (1 + backward + 1 + (cfg.nft.kl > 0))
     else:
+        steps, branches = steps_of(cfg.rollout.text_scale), 2 if cfg.rollout.text_scale > 1 else 1
         a, b = settings.window_range
         starts = cfg.rollout.window_starts or range(a, b - settings.window_size + 1)
         before = sum(sum(steps[:s]) for s in starts) / len(starts)
