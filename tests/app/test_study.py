@@ -39,7 +39,7 @@ def test_what_matters_most_comes_first():
     order = list(dict.fromkeys(p[0] for p in first))
     assert order.index("sft") < order.index("piped") < order.index("grpo") < order.index("early")
     assert (
-        order.index(PUBLISHED) < order.index("lora") < order.index("pictures_1") < order.index("no_diversity")
+        order.index(PUBLISHED) < order.index("pictures_1") < order.index("lora") < order.index("no_diversity")
     )
     assert found.index("sft/Luna/seed-1") < found.index("text_only/Pip/seed-0")
     # A pipe follows its own two specialists at once, so that their checkpoints can go.
@@ -100,11 +100,11 @@ def test_checkpoints_stay_as_long_as_a_later_job_starts_from_them(recorded, tmp_
         left.append({p.relative_to(tmp_path / "jobs").parts[0] for p in tmp_path.glob("jobs/*/*/*/run")})
 
     monkeypatch.setattr(Recorded, "forget", watched)
-    variants = ("sft", "text_only", "image_only", "piped", "grpo", "early", "no_diversity", "lora")
+    variants = ("sft", "text_only", "image_only", "piped", "grpo", "pictures_3", "no_diversity", "lora")
     study = Study(out=tmp_path, characters=("Pip",), seeds=(0,), variants=variants, encoders="")
     run(study, say=lambda text: None)
     assert [p.split("/")[0] for p in recorded] == [
-        *("sft", "text_only", "image_only", "piped", "grpo", "early", "lora", "no_diversity")
+        *("sft", "text_only", "image_only", "piped", "grpo", "pictures_3", "lora", "no_diversity")
     ]
     assert left == [
         {"sft"},
@@ -112,8 +112,8 @@ def test_checkpoints_stay_as_long_as_a_later_job_starts_from_them(recorded, tmp_
         {"sft", "text_only", "image_only"},
         {"sft"},
         set(),
-        {"early"},
-        {"early"},
+        {"pictures_3"},
+        {"pictures_3"},
         set(),
     ]
     assert (tmp_path / "jobs/sft/Pip/seed-0/metrics.jsonl").is_file()
@@ -261,7 +261,7 @@ def test_a_study_of_a_random_model_from_end_to_end(tmp_path):
     assert set(summary.numbers) == {"originals", "base", "sft", "piped", "grpo", "grpo@0", "grpo@1"}
     assert summary.rounds("grpo") == [0, 1]
     rewards = summary.values("grpo@last", STAGE2, "reward")["Pip"]
-    assert len(rewards) == 2
+    assert len(rewards) == Study().held_out
     assert all(0 < seeds[0] < 1 for seeds in rewards.values())
     found = {
         name: Results.load(study / f"jobs/{name}/Pip/seed-0/results.json")

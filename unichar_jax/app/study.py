@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ class Variant:
       group: jobs of a lower number come first, for all characters and seeds.
       sft: Unified-SFT with these fields changed (dotted names); None if there is none of its own.
       grpo: which recipe of stage 2 follows: the field of ``Study`` that names it; empty for none.
-      without: term of the reward that gets weight 0.
+      stage2: fields of that recipe that are changed (dotted names).
+      weights: of its reward's terms, where they are not the recipe's.
       start: variant whose run stage 2 starts from.
       context: what prompts tell of the character.
       pictures: how many there are to train on.
@@ -61,7 +62,8 @@ class Variant:
     group: int
     sft: Mapping[str, Any] | None = None
     grpo: str = ""
-    without: str = ""
+    stage2: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
     start: str = "sft"
     context: Context = "name"
     pictures: int = ALL_PICTURES
@@ -105,7 +107,19 @@ EARLY_STEPS = 40
 """Of 150: where stage 1 has not yet learned all that stage 2 could teach."""
 
 OURS, PUBLISHED = "early_grpo", "early_flow_grpo"
-"""The two recipes of stage 2 that are compared, from the same start."""
+FEW_OURS, FEW_PUBLISHED = "few_grpo", "few_flow_grpo"
+RECIPES = {OURS: PUBLISHED, FEW_OURS: FEW_PUBLISHED}
+"""The two recipes of stage 2 that are compared, from the same start: ours -> the published one."""
+
+FEW_PICTURES, FEW_ROUNDS = 3, 5
+_FEW: Mapping[str, Any] = {
+    # Whoever learned from three pictures draws them again: a group hardly differs, and what little its rewards do
+    # counts only by the group's own deviation. After a few rounds prompts gain no more, and looks pay for it.
+    "grpo": "grpo",
+    "start": f"pictures_{FEW_PICTURES}",
+    "stage2": {"whole_std": False, "rounds": FEW_ROUNDS, "eval.every": 1},
+    "tasks": _DRAWN,
+}
 
 _ALL = (
     Variant("originals", "held-out originals", 0, held_out=True),
@@ -120,19 +134,26 @@ _ALL = (
     Variant("early", "Unified-SFT stopped early", 4, sft={"steps": EARLY_STEPS}, tasks=_DRAWN),
     Variant(OURS, "stopped early + nft", 4, grpo="grpo", start="early", tasks=_DRAWN),
     Variant(PUBLISHED, "stopped early + flow_grpo", 4, grpo="published", start="early", tasks=_DRAWN),
-    Variant("lora", "Unified-SFT, adapters only", 5, sft=_LORA),
-    Variant("pictures_1", "Unified-SFT from 1 picture", 6, sft={}, pictures=1),
-    Variant("pictures_3", "Unified-SFT from 3 pictures", 6, sft={}, pictures=3),
-    Variant("pictures_5", "Unified-SFT from 5 pictures", 6, sft={}, pictures=5),
+    Variant("pictures_1", "Unified-SFT from 1 picture", 5, sft={}, pictures=1),
+    Variant("pictures_3", "Unified-SFT from 3 pictures", 5, sft={}, pictures=FEW_PICTURES),
+    Variant("pictures_5", "Unified-SFT from 5 pictures", 5, sft={}, pictures=5),
+    Variant(FEW_OURS, "3 pictures + nft", 5, **_FEW),
+    Variant(
+        FEW_PUBLISHED,
+        "3 pictures + flow_grpo",
+        5,
+        grpo="published",
+        start=f"pictures_{FEW_PICTURES}",
+        tasks=_DRAWN,
+    ),
+    Variant("lora", "Unified-SFT, adapters only", 6, sft=_LORA),
     *(
         Variant(
             f"no_{term}",
-            f"stopped early + nft without {term.replace('_', ' ')}",
+            f"3 pictures + nft without {term.replace('_', ' ')}",
             7,
-            grpo="grpo",
-            without=term,
-            start="early",
-            tasks=_DRAWN,
+            weights={term: 0.0},
+            **_FEW,
         )
         for term in ("visual_questions", "text_image_match", "identity_band", "diversity")
     ),

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from unichar_jax.app.study import OURS, PUBLISHED, STAGE2
+from unichar_jax.app.study import FEW_OURS, FEW_PUBLISHED, OURS, PUBLISHED, RECIPES, STAGE2
 from unichar_jax.app.study_summary import COST, WITHIN_A_THIRD, Summary, title
 from unichar_jax.evaluation.results import METRICS, Metric
 from unichar_jax.evaluation.stats import Interval, Values, mean_interval, paired_difference
@@ -212,6 +212,20 @@ def _stage2(variant: str, name: str) -> Claim:
     )
 
 
+def _cost(ours: str, when: str) -> Claim:
+    last, published = f"{ours}@last", f"{RECIPES[ours]}@last"
+    return Claim(
+        _STAGE2,
+        f"{when}, nft reaches the published recipe's last held-out reward with a third of the model evaluations, in"
+        " more than half of the runs, and its pictures are no worse.",
+        (
+            Check(ours, COST, WITHIN_A_THIRD, least=0.5),
+            Check(last, STAGE2, "identity", published, _NEAR),
+            Check(last, STAGE2, "prompt_following", published, _NEAR),
+        ),
+    )
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         _MINI,
@@ -277,8 +291,17 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         _PAPER,
-        "More pictures of the character help.",
+        "More pictures of the character help its looks.",
         (_drawing("sft", "pictures_1"), _drawing("sft", "pictures_3")),
+    ),
+    Claim(
+        _PAPER,
+        "More pictures of the character help to draw what is asked for, not what was seen.",
+        tuple(
+            _drawing("sft", fewer, metric)
+            for fewer in ("pictures_1", "pictures_3")
+            for metric in ("prompt_following", "apart")
+        ),
     ),
     Claim(
         _PAPER,
@@ -293,25 +316,19 @@ CLAIMS: tuple[Claim, ...] = (
         _ABLATION,
         "Every term of the reward does its part: without it, what it is for is worse.",
         (
-            Check(f"{OURS}@last", STAGE2, "prompt_following", "no_visual_questions@last"),
-            Check(f"{OURS}@last", STAGE2, "prompt_following", "no_text_image_match@last"),
-            Check(f"{OURS}@last", STAGE2, "identity", "no_identity_band@last"),
-            Check(f"{OURS}@last", STAGE2, "diversity", "no_diversity@last"),
+            Check(f"{FEW_OURS}@last", STAGE2, "prompt_following", "no_visual_questions@last"),
+            Check(f"{FEW_OURS}@last", STAGE2, "prompt_following", "no_text_image_match@last"),
+            Check(f"{FEW_OURS}@last", STAGE2, "identity", "no_identity_band@last"),
+            Check(f"{FEW_OURS}@last", STAGE2, "diversity", "no_diversity@last"),
         ),
     ),
+    _stage2(FEW_OURS, "nft, after a stage 1 with three pictures"),
+    _stage2(FEW_PUBLISHED, "The published recipe (flow_grpo), after a stage 1 with three pictures"),
     _stage2(OURS, "nft, after a short stage 1"),
     _stage2(PUBLISHED, "The published recipe (flow_grpo), after a short stage 1"),
     _stage2("grpo", "nft, after the whole of stage 1"),
-    Claim(
-        _STAGE2,
-        "nft reaches the published recipe's last held-out reward with a third of the model evaluations, in more than"
-        " half of the runs, and its pictures are no worse.",
-        (
-            Check(OURS, COST, WITHIN_A_THIRD, least=0.5),
-            Check(f"{OURS}@last", STAGE2, "identity", f"{PUBLISHED}@last", _NEAR),
-            Check(f"{OURS}@last", STAGE2, "prompt_following", f"{PUBLISHED}@last", _NEAR),
-        ),
-    ),
+    _cost(FEW_OURS, "After a stage 1 with three pictures"),
+    _cost(OURS, "After a short stage 1"),
     Claim(
         _ABLATION,
         "Adapters are as good as training all weights.",

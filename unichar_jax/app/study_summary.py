@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from unichar_jax.app.study import (
-    OURS,
-    PUBLISHED,
+    RECIPES,
     REWARDS,
     STAGE2,
     VARIANTS,
@@ -236,25 +235,26 @@ def _columns(summary: Summary, subject: str, seed: str, character: str) -> Colum
 
 def _add_cost(summary: Summary) -> None:
     """For each character and seed where the published recipe learned at all: was ours as good in a third?"""
-    reached: dict[str, dict[int, float]] = defaultdict(dict)
-    for character, seed, goal, spent in _goals(summary):
-        ours = _curve(summary, OURS, character, seed)
-        if ours:
-            needed = [n for n, reward in ours if reward >= goal]
-            reached[character][seed] = float(bool(needed) and 3 * needed[0] <= spent)
-    for character, by_seed in reached.items():
-        summary.items.setdefault(COST, {})[character] = [f"seed {seed}" for seed in sorted(by_seed)]
-        column: list[float | None] = [by_seed[seed] for seed in sorted(by_seed)]
-        _columns(summary, OURS, ANY, character)[f"{COST}/{WITHIN_A_THIRD}"] = column
-    if reached:
-        summary.rewarded[OURS] = sorted({*summary.rewarded.get(OURS, ()), WITHIN_A_THIRD})
+    for ours, published in RECIPES.items():
+        reached: dict[str, dict[int, float]] = defaultdict(dict)
+        for character, seed, goal, spent in _goals(summary, published):
+            curve = _curve(summary, ours, character, seed)
+            if curve:
+                needed = [n for n, reward in curve if reward >= goal]
+                reached[character][seed] = float(bool(needed) and 3 * needed[0] <= spent)
+        for character, by_seed in reached.items():
+            summary.items.setdefault(COST, {})[character] = [f"seed {seed}" for seed in summary.seeds]
+            column = [by_seed.get(seed) for seed in summary.seeds]
+            _columns(summary, ours, ANY, character)[f"{COST}/{WITHIN_A_THIRD}"] = column
+        if reached:
+            summary.rewarded[ours] = sorted({*summary.rewarded.get(ours, ()), WITHIN_A_THIRD})
 
 
-def _goals(summary: Summary) -> Iterator[tuple[str, int, float, float]]:
+def _goals(summary: Summary, published: str) -> Iterator[tuple[str, int, float, float]]:
     """(character, seed, last reward of the published recipe, evaluations it took)."""
     for character in summary.characters:
         for seed in summary.seeds:
-            curve = _curve(summary, PUBLISHED, character, seed)
+            curve = _curve(summary, published, character, seed)
             if len(curve) > 1 and curve[-1][1] > curve[0][1]:
                 yield character, seed, curve[-1][1], curve[-1][0]
 

@@ -218,9 +218,10 @@ class Worker:
     ) -> GRPOConfig:
         preset = presets.load(GRPOConfig, getattr(self.study, variant.grpo))
         terms = [dataclasses.asdict(t) for t in preset.reward]
-        if variant.without and variant.without not in [t["name"] for t in terms]:
+        unknown = variant.weights.keys() - {t["name"] for t in terms}
+        if unknown:
             raise UserError(
-                f"variant '{variant.name}': '{self.study.grpo}' has no reward term '{variant.without}'; leave the"
+                f"variant '{variant.name}': '{self.study.grpo}' has no reward term {sorted(unknown)}; leave the"
                 " variant out."
             )
         fields = {
@@ -232,9 +233,9 @@ class Worker:
             "held_out": self.study.held_out,
             "seed": seed,
             "save.keep": 1,
-            "reward": [t | ({"weight": 0.0} if t["name"] == variant.without else {}) for t in terms],
+            "reward": [t | {"weight": variant.weights.get(t["name"], t["weight"])} for t in terms],
         }
-        return changed(preset, fields)
+        return changed(preset, fields | dict(variant.stage2))
 
     def _observer(
         self, variant: Variant, character: str, cfg: GRPOConfig, run_dir: Path
