@@ -125,6 +125,23 @@ def test_checkpoints_stay_as_long_as_a_later_job_starts_from_them(recorded, tmp_
     assert left[-1] == {"sft"}
 
 
+def test_a_variant_changes_what_it_says_of_the_recipe(tmp_path):
+    worker = Worker(Study(out=tmp_path))
+    worker.data = lambda character, count=10: tmp_path  # type: ignore[method-assign]
+    plain, few, without = (
+        worker.grpo_config(VARIANTS[name], "Pip", 3, tmp_path, tmp_path)
+        for name in ("grpo", "few_grpo", "no_diversity")
+    )
+    assert plain.whole_std and not few.whole_std and few.rounds < plain.rounds
+    weights = {t.name: t.weight for t in few.reward}
+    assert weights == {t.name: t.weight for t in plain.reward}
+    assert {t.name: t.weight for t in without.reward} == weights | {"diversity": 0.0}
+    assert dataclasses.replace(without, reward=few.reward) == few
+    odd = dataclasses.replace(VARIANTS["few_grpo"], weights={"beauty": 1.0})
+    with pytest.raises(UserError, match="no reward term \\['beauty'\\]"):
+        worker.grpo_config(odd, "Pip", 3, tmp_path, tmp_path)
+
+
 def test_a_study_without_its_judge_does_not_begin(tmp_path):
     (tmp_path / "encoders").mkdir()
     cfg = Study(out=tmp_path / "study", characters=("Pip",), encoders=str(tmp_path / "encoders"))

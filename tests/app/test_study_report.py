@@ -164,7 +164,7 @@ def test_the_report_follows_from_saved_results_byte_by_byte(tmp_path):
     for name in (PAGE, NUMBERS, SHEET):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert f"{len(CLAIMS)} claims: 1 borne out, 0 not borne out" in text
-    assert "| Unified-SFT | base, name only | at least 20 points better | +70.0 [" in text
+    assert "| Unified-SFT | base, name only | 2 | at least 20 points better | +70.0 [" in text
     assert "**Borne out:**\n\n- Unified-SFT draws the character from its name alone" in text
     # What is planned and not there is said: the folder's plan has adapters for two characters and two seeds.
     assert "6 of 10 planned jobs are done" in text

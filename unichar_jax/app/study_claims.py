@@ -76,6 +76,7 @@ class Finding:
     Attributes:
       interval: of the difference or the level, in the metric's own direction; None if it was not measured.
       by_seed: the same for every training seed alone.
+      characters: of whom both were measured.
       rewarded: one of the two was trained to raise the metric.
       why: what is absent.
     """
@@ -84,6 +85,7 @@ class Finding:
     verdict: Verdict
     interval: Interval | None = None
     by_seed: tuple[float, ...] = ()
+    characters: tuple[str, ...] = ()
     rewarded: bool = False
     why: str = ""
 
@@ -126,7 +128,8 @@ def examine(check: Check, summary: Summary) -> Finding:
         alone = _interval(check, {name: _of_seed(found, seed) for name, found in values.items()})
         by_seed += [] if alone is None else [alone.mean]
     verdict, why = _verdict(check, interval)
-    return Finding(check, verdict, interval, tuple(by_seed), rewarded, why)
+    shared = tuple(c for c in summary.characters if all(c in found for found in values.values()))
+    return Finding(check, verdict, interval, tuple(by_seed), shared, rewarded, why)
 
 
 def _interval(check: Check, values: Mapping[str, Values]) -> Interval | None:

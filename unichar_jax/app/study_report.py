@@ -208,7 +208,7 @@ def _findings(judged: Sequence[Judged]) -> str:
         "A claim shows if all of its lines do. Differences are in points of a percentage, factors of a perplexity, or"
         " the metric's own unit."
     ]
-    heads = ("measured", "of", "against", "asked for", "found", "seed by seed", "verdict")
+    heads = ("measured", "of", "against", "characters", "asked for", "found", "seed by seed", "verdict")
     for place, one in enumerate(judged, 1):
         why = f" ({one.why})" if one.why else ""
         told.append(f"**{place}. {one.claim.sentence}** – {one.verdict}{why}.")
@@ -220,7 +220,8 @@ def _finding_cells(finding: Finding) -> tuple[str, ...]:
     check, metric = finding.check, metric_of(finding.check.metric)
     mark = REWARD_MARK if finding.rewarded else ""
     first = title(check.first) if check.first else ""
-    asked = (f"{check.task}: {metric.title}{mark}", title(check.second), first, check.asked)
+    whose = _whose(finding.characters)
+    asked = (f"{check.task}: {metric.title}{mark}", title(check.second), first, whose, check.asked)
     if finding.interval is None:
         return *asked, "–", "", finding.verdict
     if check.first:
@@ -234,14 +235,19 @@ def _finding_cells(finding: Finding) -> tuple[str, ...]:
     return *asked, found, ", ".join(seeds), f"{finding.verdict}{why}"
 
 
+def _whose(characters: Sequence[str]) -> str:
+    return characters[0] if len(characters) == 1 else str(len(characters) or "–")
+
+
 def _variants(summary: Summary) -> str:
     heads = [f"{task}: {metric_of(name).title}{_arrow(name)}" for task, name in COLUMNS]
     rows = []
     for variant in summary.variants:
         if variant in summary.numbers:
             cells = [_cell(summary, variant, task, name) for task, name in COLUMNS]
-            rows.append((VARIANTS[variant].title, *cells))
-    return _table(("variant", *heads), rows) if rows else "No results yet."
+            characters = {c for by_character in summary.numbers[variant].values() for c in by_character}
+            rows.append((VARIANTS[variant].title, _whose(sorted(characters)), *cells))
+    return _table(("variant", "characters", *heads), rows) if rows else "No results yet."
 
 
 def _stage2(summary: Summary) -> str:
