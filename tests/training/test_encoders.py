@@ -112,3 +112,9 @@ def test_clip_comes_back_from_a_folder_like_the_hubs(tmp_path):
     assert back.cfg == mini.CLIP
     for (name, a), b in zip(params.named_leaves(model), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(np.asarray(a).astype(jnp.bfloat16).astype(np.float32), b, err_msg=name)
+
+
+def test_only_the_judge_goes_on_from_another(tmp_path):
+    assert encoders.EncoderTraining("judge", start=tmp_path).start == tmp_path
+    with pytest.raises(UserError, match="leave it out for 'text'"):
+        encoders.EncoderTraining("text", start=tmp_path)

@@ -78,6 +78,12 @@ class EncoderTraining:
     learning_rate: float = 2e-3
     report_minutes: float = 2.0
 
+    def __post_init__(self) -> None:
+        if self.start and self.what != "judge":
+            raise UserError(
+                f"--start {self.start}: only the judge goes on from another; leave it out for '{self.what}'."
+            )
+
     @property
     def seed(self) -> int:
         """The judge never sees what the scorers saw."""
