@@ -222,6 +222,17 @@ def test_tables_say_what_matters(pip, tmp_path):
     assert tables.verdict(next(r for r in tables.rows([base, tuned]) if r.name == "words")) == ""
 
 
+def test_a_narrow_terminal_keeps_numbers_whole(pip, tmp_path):
+    results = [run(Scripted(fingerprint=x), pip, tmp_path, label=x) for x in ("first", "second")]
+    console = Console(file=io.StringIO(), width=80)
+    tables.print_table(results, console)
+    shown = console.file.getvalue()
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    table = shown[: shown.index("Intervals are in the report")]
+    assert "right answer" in table and "25.0 %" in table and "+0.0" in table
+    assert "[" not in table and "…" not in table
+
+
 def test_training_seeds_are_pooled_side_by_side(pip, tmp_path):
     runs = [run(Scripted(fingerprint=str(i)), pip, tmp_path, Plan(("t2i",))) for i in range(3)]
     together = pooled("three seeds", runs)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -136,7 +137,20 @@ def notes(results: Sequence[Results]) -> list[str]:
 
 
 def print_table(results: Sequence[Results], console: Console, character: str | None = None) -> None:
-    """One table of all metrics; columns are the results."""
+    """One table of all metrics; columns are the results. Without intervals where the terminal is too narrow."""
+    table = _table(results, character, with_bounds=True)
+    wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    narrow = wanted > console.width
+    console.print(_table(results, character, with_bounds=False) if narrow else table)
+    if narrow:
+        console.print(
+            Text(f"Intervals are in the report; here they need a terminal of {wanted} columns.", "dim")
+        )
+    for note in notes(results):
+        console.print(Text(note, "dim"))
+
+
+def _table(results: Sequence[Results], character: str | None, with_bounds: bool) -> Table:
     found = rows(results, character)
     table = Table(title=character or _who(results), title_justify="left", header_style="bold")
     table.add_column("task")
@@ -152,20 +166,17 @@ def print_table(results: Sequence[Results], console: Console, character: str | N
     for row in found:
         if last and row.task != last:
             table.add_section()
-        cells: list[Text] = []
-        for cell in row.cells:
-            cells.append(_cell(cell, row.metric))
+        cells = [_cell(cell, row.metric, with_bounds) for cell in row.cells]
         if compared(results):
             style = {"better": "green", "worse": "red"}.get(verdict(row), "")
-            cells.append(Text(change_text(row.change, row.metric), style))
+            change = change_text(row.change, row.metric)
+            cells.append(Text(change if with_bounds else change.partition(" [")[0], style))
         if with_paper:
             cells.append(Text("" if row.paper is None else number(row.paper, row.metric), "dim"))
         arrow = {"higher": " ↑", "lower": " ↓", "none": ""}[row.metric.better]
         table.add_row("" if row.task == last else row.task, row.metric.title + arrow, *cells)
         last = row.task
-    console.print(table)
-    for note in notes(results):
-        console.print(Text(note, "dim"))
+    return table
 
 
 def print_by_character(results: Results, console: Console) -> None:
@@ -204,13 +215,13 @@ MAIN: dict[str, tuple[str, ...]] = {
 """The metrics of each task that a line by character has room for."""
 
 
-def _cell(cell: Cell, metric: Metric) -> Text:
+def _cell(cell: Cell, metric: Metric, with_bounds: bool) -> Text:
     if cell.interval is None:
         return Text("–", "dim")
     text = Text(number(cell.interval.mean, metric))
     if cell.rewarded:
         text.append(REWARD_MARK)
-    known = bounds(cell.interval, metric)
+    known = bounds(cell.interval, metric) if with_bounds else ""
     return text.append(f" {known}", "dim") if known else text
 
 
