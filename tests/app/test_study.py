@@ -137,6 +137,12 @@ def test_a_variant_changes_what_it_says_of_the_recipe(tmp_path):
     assert weights == {t.name: t.weight for t in plain.reward}
     assert {t.name: t.weight for t in without.reward} == weights | {"diversity": 0.0}
     assert dataclasses.replace(without, reward=few.reward) == few
+    published, gentle = (
+        worker.grpo_config(VARIANTS[name], "Pip", 3, tmp_path, tmp_path)
+        for name in ("few_flow_grpo", "few_gentle_flow_grpo")
+    )
+    assert gentle.algorithm == published.algorithm == "flow_grpo" and gentle.rollout == published.rollout
+    assert {t.name: t.options for t in gentle.reward} == {t.name: t.options for t in plain.reward}
     odd = dataclasses.replace(VARIANTS["few_grpo"], weights={"beauty": 1.0})
     with pytest.raises(UserError, match="no reward term \\['beauty'\\]"):
         worker.grpo_config(odd, "Pip", 3, tmp_path, tmp_path)

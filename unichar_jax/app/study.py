@@ -48,6 +48,7 @@ class Variant:
       sft: Unified-SFT with these fields changed (dotted names); None if there is none of its own.
       grpo: which recipe of stage 2 follows: the field of ``Study`` that names it; empty for none.
       stage2: fields of that recipe that are changed (dotted names).
+      reward_of: which recipe's reward it gets; by default its own.
       weights: of its reward's terms, where they are not the recipe's.
       start: variant whose run stage 2 starts from.
       context: what prompts tell of the character.
@@ -63,6 +64,7 @@ class Variant:
     sft: Mapping[str, Any] | None = None
     grpo: str = ""
     stage2: Mapping[str, Any] = field(default_factory=dict)
+    reward_of: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
     start: str = "sft"
     context: Context = "name"
@@ -108,6 +110,7 @@ EARLY_STEPS = 40
 
 OURS, PUBLISHED = "early_grpo", "early_flow_grpo"
 FEW_OURS, FEW_GUIDED, FEW_PUBLISHED = "few_grpo", "few_guided_grpo", "few_flow_grpo"
+FEW_GENTLE = "few_gentle_flow_grpo"
 RECIPES = {OURS: PUBLISHED, FEW_OURS: FEW_PUBLISHED, FEW_GUIDED: FEW_PUBLISHED}
 """The recipes of stage 2 that are compared, from the same start: ours -> the published one."""
 
@@ -150,6 +153,17 @@ _ALL = (
         "3 pictures + flow_grpo",
         5,
         grpo="published",
+        start=f"pictures_{FEW_PICTURES}",
+        tasks=_DRAWN,
+    ),
+    Variant(
+        FEW_GENTLE,
+        "3 pictures + flow_grpo, our reward, smaller steps",
+        5,
+        grpo="published",
+        stage2={"rounds": 9, "eval.every": 3, "optimizer.learning_rate": 1e-4},
+        reward_of="grpo",
+        weights={"identity_band": 0.4, "diversity": 1.5},
         start=f"pictures_{FEW_PICTURES}",
         tasks=_DRAWN,
     ),

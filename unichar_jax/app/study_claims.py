@@ -16,7 +16,16 @@ from typing import Literal
 
 import numpy as np
 
-from unichar_jax.app.study import FEW_GUIDED, FEW_OURS, FEW_PUBLISHED, OURS, PUBLISHED, RECIPES, STAGE2
+from unichar_jax.app.study import (
+    FEW_GENTLE,
+    FEW_GUIDED,
+    FEW_OURS,
+    FEW_PUBLISHED,
+    OURS,
+    PUBLISHED,
+    RECIPES,
+    STAGE2,
+)
 from unichar_jax.app.study_summary import COST, WITHIN_A_THIRD, Summary, title
 from unichar_jax.evaluation.results import METRICS, Metric
 from unichar_jax.evaluation.stats import Interval, Values, mean_interval, paired_difference
@@ -330,6 +339,7 @@ CLAIMS: tuple[Claim, ...] = (
         FEW_GUIDED, "nft with half of each group drawn with guidance, after a stage 1 with three pictures"
     ),
     _stage2(FEW_PUBLISHED, "The published recipe (flow_grpo), after a stage 1 with three pictures"),
+    _stage2(FEW_GENTLE, "flow_grpo with our reward and smaller steps, after a stage 1 with three pictures"),
     _stage2(OURS, "nft, after a short stage 1"),
     _stage2(PUBLISHED, "The published recipe (flow_grpo), after a short stage 1"),
     _stage2("grpo", "nft, after the whole of stage 1"),

@@ -217,11 +217,12 @@ class Worker:
         self, variant: Variant, character: str, seed: int, start: Path, run_dir: Path
     ) -> GRPOConfig:
         preset = presets.load(GRPOConfig, getattr(self.study, variant.grpo))
-        terms = [dataclasses.asdict(t) for t in preset.reward]
+        rewarding = getattr(self.study, variant.reward_of or variant.grpo)
+        terms = [dataclasses.asdict(t) for t in presets.load(GRPOConfig, rewarding).reward]
         unknown = variant.weights.keys() - {t["name"] for t in terms}
         if unknown:
             raise UserError(
-                f"variant '{variant.name}': '{self.study.grpo}' has no reward term {sorted(unknown)}; leave the"
+                f"variant '{variant.name}': '{rewarding}' has no reward term {sorted(unknown)}; leave the"
                 " variant out."
             )
         fields = {
