@@ -114,14 +114,13 @@ FEW_GENTLE = "few_gentle_flow_grpo"
 RECIPES = {OURS: PUBLISHED, FEW_OURS: FEW_PUBLISHED, FEW_GUIDED: FEW_PUBLISHED}
 """The recipes of stage 2 that are compared, from the same start: ours -> the published one."""
 
-FEW_PICTURES, FEW_ROUNDS = 3, 5
-_FEW: Mapping[str, Any] = {
+FEW_PICTURES = 3
+_AFTER_FEW: Mapping[str, Any] = {"group": 5, "start": f"pictures_{FEW_PICTURES}", "tasks": _DRAWN}
+_FEW: Mapping[str, Any] = _AFTER_FEW | {
     # Whoever learned from three pictures draws them again: a group hardly differs, and what little its rewards do
     # counts only by the group's own deviation. After a few rounds prompts gain no more, and looks pay for it.
     "grpo": "grpo",
-    "start": f"pictures_{FEW_PICTURES}",
-    "stage2": {"whole_std": False, "rounds": FEW_ROUNDS, "eval.every": 1},
-    "tasks": _DRAWN,
+    "stage2": {"whole_std": False, "rounds": 5, "eval.every": 1},
 }
 # Guided pictures leave what was memorised: where half of a group is drawn so, the group differs, and the learner,
 # which draws without guidance, takes over those that the rewards prefer. Looks must weigh more then.
@@ -146,35 +145,25 @@ _ALL = (
     Variant("pictures_1", "Unified-SFT from 1 picture", 5, sft={}, pictures=1),
     Variant("pictures_3", "Unified-SFT from 3 pictures", 5, sft={}, pictures=FEW_PICTURES),
     Variant("pictures_5", "Unified-SFT from 5 pictures", 5, sft={}, pictures=5),
-    Variant(FEW_OURS, "3 pictures + nft", 5, **_FEW),
-    Variant(FEW_GUIDED, "3 pictures + nft, half of it drawn with guidance", 5, **_GUIDED),
-    Variant(
-        FEW_PUBLISHED,
-        "3 pictures + flow_grpo",
-        5,
-        grpo="published",
-        start=f"pictures_{FEW_PICTURES}",
-        tasks=_DRAWN,
-    ),
+    Variant(FEW_OURS, "3 pictures + nft", **_FEW),
+    Variant(FEW_GUIDED, "3 pictures + nft, half of it drawn with guidance", **_GUIDED),
+    Variant(FEW_PUBLISHED, "3 pictures + flow_grpo", grpo="published", **_AFTER_FEW),
     Variant(
         FEW_GENTLE,
         "3 pictures + flow_grpo, our reward, smaller steps",
-        5,
         grpo="published",
         stage2={"rounds": 9, "eval.every": 3, "optimizer.learning_rate": 1e-4},
         reward_of="grpo",
         weights={"identity_band": 0.4, "diversity": 1.5},
-        start=f"pictures_{FEW_PICTURES}",
-        tasks=_DRAWN,
+        **_AFTER_FEW,
     ),
     Variant("lora", "Unified-SFT, adapters only", 6, sft=_LORA),
     *(
         Variant(
             f"no_{term}",
             f"3 pictures + nft without {term.replace('_', ' ')}",
-            7,
             weights={term: 0.0},
-            **_FEW,
+            **_FEW | {"group": 7},
         )
         for term in ("visual_questions", "text_image_match", "identity_band", "diversity")
     ),

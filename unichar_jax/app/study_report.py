@@ -16,7 +16,17 @@ from typing import Any
 from unichar_jax.app import study_claims as claims
 from unichar_jax.app.report import compare
 from unichar_jax.app.sheet import contact_sheet
-from unichar_jax.app.study import ALL_PICTURES, EARLY_STEPS, FEW_PICTURES, FEW_ROUNDS, STAGE2, VARIANTS, Study
+from unichar_jax.app.study import (
+    ALL_PICTURES,
+    EARLY_STEPS,
+    FEW_GENTLE,
+    FEW_GUIDED,
+    FEW_OURS,
+    FEW_PICTURES,
+    STAGE2,
+    VARIANTS,
+    Study,
+)
 from unichar_jax.app.study_claims import CLAIMS, SOURCES, UNTESTABLE, Finding, Judged, metric_of
 from unichar_jax.app.study_summary import Summary, joined, summarise, title
 from unichar_jax.evaluation.results import Results
@@ -156,6 +166,7 @@ def _ceiling(summary: Summary) -> list[str]:
 
 def _what_was_run(summary: Summary) -> str:
     settings = summary.settings
+    few, guided, gentle = VARIANTS[FEW_OURS].stage2, VARIANTS[FEW_GUIDED].stage2, VARIANTS[FEW_GENTLE]
     facts = [
         f"Characters of the mini world: {', '.join(summary.characters)}; training seeds:"
         f" {', '.join(map(str, summary.seeds))}; {len(summary.variants)} variants; {ALL_PICTURES} training"
@@ -172,15 +183,17 @@ def _what_was_run(summary: Summary) -> str:
         "At the end of stage 1 little is left to win: prompts are followed, and the pictures of a prompt hardly differ."
         f" So the recipes of stage 2 are also compared from a stage 1 of {EARLY_STEPS} steps, where looks are half"
         " learned. Diversity is then for the most part that of wrong looks, and falls as they are mended; and from a"
-        f" stage 1 that saw {FEW_PICTURES} pictures only, which draws them again whatever is asked for. There nft"
-        f" takes {FEW_ROUNDS} rounds and divides by a group's own deviation, because groups hardly differ; with more"
-        " rounds (tried on Pip's first seed) prompts gained no more and looks fell. Where half of each group is drawn"
-        " with guidance (scale 3; the other half and the held-out pictures without), groups differ, and there are"
-        " gains for 12 rounds; looks weigh twice as much there, and diversity two and a half times (chosen on the first"
-        " seeds of Pip, Bruno and Hazel; the others of the cast were never looked at before). The published reward asks"
-        " for a similarity to the training pictures between 0.5 and 0.9, which lets looks go here; so flow_grpo also"
-        " gets our reward, with a learning rate a third as large, nine rounds, and diversity at 1.5 (0.5 let it fall"
-        " on Bruno).",
+        f" stage 1 that saw {FEW_PICTURES} pictures only, which draws them again whatever is asked for.",
+        f"From that stage 1 nft takes {few['rounds']} rounds and divides by a group's own deviation, because groups"
+        " hardly differ; with more rounds (tried on Pip's first seed) prompts gained no more and looks fell.",
+        f"Where half of each group is drawn with guidance (scale {max(guided['nft.scales']):g}; the other half and the"
+        f" held-out pictures without), groups differ, and there are gains for {guided['rounds']} rounds; looks weigh"
+        " twice as much there, and diversity two and a half times (chosen on the first seeds of Pip, Bruno and Hazel;"
+        " the others of the cast were never looked at before).",
+        "The published reward asks for a similarity to the training pictures between 0.5 and 0.9, which lets looks go"
+        " here; so flow_grpo also gets our reward, with a learning rate a third as large,"
+        f" {gentle.stage2['rounds']} rounds, and diversity at {gentle.weights['diversity']:g} (0.5 let it fall on"
+        " Bruno).",
         "Each recipe's held-out pictures are drawn as it learns to draw: nft without guidance, the published recipe"
         " with (scale 4, two evaluations a step), which the text-image term of the reward favours. Its learning rate is"
         " raised from the published 1e-5 to 3e-4, because this model is two thousand times smaller.",

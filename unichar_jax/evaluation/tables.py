@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -129,7 +129,7 @@ def notes(results: Sequence[Results]) -> list[str]:
         found.append(f"Change: {pair[1].label} against {pair[0].label}, paired by item and seed.")
     if any(r.rewarded for r in results):
         found.append(REWARD_NOTE)
-    if any(row.paper is not None for row in rows(results)):
+    if any(pair in PAPER for r in results for pair in r.measured):
         found.append(PAPER_NOTE)
     left_out: dict[str, str] = {name: why for r in results for name, why in r.left_out.items()}
     found += [f"Not measured: {name} ({why})." for name, why in left_out.items()]
@@ -138,10 +138,11 @@ def notes(results: Sequence[Results]) -> list[str]:
 
 def print_table(results: Sequence[Results], console: Console, character: str | None = None) -> None:
     """One table of all metrics; columns are the results. Without intervals where the terminal is too narrow."""
-    table = _table(results, character, with_bounds=True)
+    found = rows(results, character)
+    table = _table(results, found, character)
     wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     narrow = wanted > console.width
-    console.print(_table(results, character, with_bounds=False) if narrow else table)
+    console.print(_table(results, found, character, with_bounds=False) if narrow else table)
     if narrow:
         console.print(
             Text(f"Intervals are in the report; here they need a terminal of {wanted} columns.", "dim")
@@ -150,8 +151,12 @@ def print_table(results: Sequence[Results], console: Console, character: str | N
         console.print(Text(note, "dim"))
 
 
-def _table(results: Sequence[Results], character: str | None, with_bounds: bool) -> Table:
-    found = rows(results, character)
+def _table(
+    results: Sequence[Results], found: Sequence[Row], character: str | None, with_bounds: bool = True
+) -> Table:
+    def shown(interval: Interval | None) -> Interval | None:
+        return interval if with_bounds or interval is None else replace(interval, low=None, high=None)
+
     table = Table(title=character or _who(results), title_justify="left", header_style="bold")
     table.add_column("task")
     table.add_column("metric")
@@ -166,11 +171,10 @@ def _table(results: Sequence[Results], character: str | None, with_bounds: bool)
     for row in found:
         if last and row.task != last:
             table.add_section()
-        cells = [_cell(cell, row.metric, with_bounds) for cell in row.cells]
+        cells = [_cell(replace(cell, interval=shown(cell.interval)), row.metric) for cell in row.cells]
         if compared(results):
             style = {"better": "green", "worse": "red"}.get(verdict(row), "")
-            change = change_text(row.change, row.metric)
-            cells.append(Text(change if with_bounds else change.partition(" [")[0], style))
+            cells.append(Text(change_text(shown(row.change), row.metric), style))
         if with_paper:
             cells.append(Text("" if row.paper is None else number(row.paper, row.metric), "dim"))
         arrow = {"higher": " ↑", "lower": " ↓", "none": ""}[row.metric.better]
@@ -215,13 +219,13 @@ MAIN: dict[str, tuple[str, ...]] = {
 """The metrics of each task that a line by character has room for."""
 
 
-def _cell(cell: Cell, metric: Metric, with_bounds: bool) -> Text:
+def _cell(cell: Cell, metric: Metric) -> Text:
     if cell.interval is None:
         return Text("–", "dim")
     text = Text(number(cell.interval.mean, metric))
     if cell.rewarded:
         text.append(REWARD_MARK)
-    known = bounds(cell.interval, metric) if with_bounds else ""
+    known = bounds(cell.interval, metric)
     return text.append(f" {known}", "dim") if known else text
 
 
