@@ -135,6 +135,18 @@ def test_copies_are_found_and_new_scenes_are_not(pip):
     assert pictures.apart([noisy], originals[:1] * 3) == [None]
 
 
+def test_pictures_of_a_prompt_vary_or_do_not(pip):
+    originals = [photo(pip, i) for i in range(5)]
+    shown = [originals[0], originals[0], originals[1], originals[0], originals[2]]
+    found = pictures.varied(shown, ["a", "a", "a", "b", "c"], originals)
+    assert found[3:] == [None, None]  # each the only one of its prompt
+    # The odd one out differs from both others, each of those from one.
+    assert found[0] == found[1] == pytest.approx(found[2] / 2)
+    assert 0.5 < found[2] < 2  # the unit is the usual distance between originals
+    assert pictures.varied([originals[3]] * 2, ["a", "a"], originals) == [0.0, 0.0]
+    assert pictures.varied(shown[:2], ["a", "a"], originals[:1]) == [None, None]
+
+
 LOOK = Look("fox", "blue", "white", "plain", "scarf", "yellow")  # Pip's
 
 
@@ -225,7 +237,8 @@ def test_scorers_see_prompts_groups_and_all_sizes(pip, tmp_path):
             outputs.append(Output(item, seed, {"picture": str(path)}))
     found = pictures.measure(pip, outputs, instruments)
     assert [m["diversity"] for m in found] == [3.0] * 6
+    assert all(m["varied"] > 0 for m in found)  # drawn from other seeds
     assert [m["clip_t"] for m in found] == [float(len(o.item.question)) for o in outputs]
     assert all("identity" not in m for m in found)  # no judge was given
     alone = pictures.measure(pip, outputs[:1], instruments)
-    assert "diversity" not in alone[0]
+    assert "diversity" not in alone[0] and "varied" not in alone[0]

@@ -110,7 +110,7 @@ EARLY_STEPS = 40
 
 OURS, PUBLISHED = "early_grpo", "early_flow_grpo"
 FEW_OURS, FEW_GUIDED, FEW_PUBLISHED = "few_grpo", "few_guided_grpo", "few_flow_grpo"
-FEW_GENTLE = "few_gentle_flow_grpo"
+FEW_GENTLE, FEW_FREE = "few_gentle_flow_grpo", "few_free_flow_grpo"
 RECIPES = {OURS: PUBLISHED, FEW_OURS: FEW_PUBLISHED, FEW_GUIDED: FEW_PUBLISHED}
 """The recipes of stage 2 that are compared, from the same start: ours -> the published one."""
 
@@ -127,6 +127,23 @@ _FEW: Mapping[str, Any] = _AFTER_FEW | {
 _GUIDED: Mapping[str, Any] = _FEW | {
     "stage2": {"whole_std": False, "rounds": 12, "eval.every": 3, "nft.scales": (1.0, 3.0)},
     "weights": {"identity_band": 0.4, "diversity": 0.5},
+}
+# Without guidance flow_grpo starts from copies, as nft does, and its stochastic steps make a group differ. The usual
+# ones (sde) leave noise in pictures, and where the whole expert learns or rounds go on, blots grow: hence cps,
+# adapters, and few rounds.
+_FREE: Mapping[str, Any] = _FEW | {
+    "stage2": {
+        "algorithm": "flow_grpo",
+        "whole_std": False,
+        "rounds": 9,
+        "eval.every": 3,
+        "rollout.solver": "cps",
+        "rollout.noise_level": 0.7,
+        "rollout.num_timesteps": 11,
+        "rollout.window_size": 3,
+        "rollout.window_range": (0, 6),
+    },
+    "weights": _GUIDED["weights"],
 }
 
 _ALL = (
@@ -157,6 +174,7 @@ _ALL = (
         weights={"identity_band": 0.4, "diversity": 1.5},
         **_AFTER_FEW,
     ),
+    Variant(FEW_FREE, "3 pictures + flow_grpo, our reward, no guidance, adapters", **_FREE),
     Variant("lora", "Unified-SFT, adapters only", 6, sft=_LORA),
     *(
         Variant(

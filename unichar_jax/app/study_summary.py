@@ -39,7 +39,17 @@ COST, WITHIN_A_THIRD = "cost", "within_a_third"
 """Of our recipe: did a run reach the published recipe's last held-out reward with a third of the evaluations?"""
 
 _CHOSEN = ("answer_accuracy", "accuracy", "text_accuracy")
-_DRAWN = ("identity", "prompt_following", "clip_t", "clip_i", "dino", "diversity", "apart", "copied")
+_DRAWN = (
+    "identity",
+    "prompt_following",
+    "clip_t",
+    "clip_i",
+    "dino",
+    "diversity",
+    "varied",
+    "apart",
+    "copied",
+)
 KEPT: Mapping[str, tuple[str, ...]] = {
     "knowledge_mcq": _CHOSEN,
     "unseen_image_mcq": _CHOSEN,
@@ -48,7 +58,7 @@ KEPT: Mapping[str, tuple[str, ...]] = {
     "dialogue": ("voice", "catchphrase"),
     "t2i": _DRAWN,
     "t2t2i": ("identity", "consistency"),
-    STAGE2: (*REWARDS, "identity", "prompt_following", "diversity", "apart", "copied"),
+    STAGE2: (*REWARDS, "identity", "prompt_following", "diversity", "varied", "apart", "copied"),
 }
 """Task -> metrics that are kept."""
 

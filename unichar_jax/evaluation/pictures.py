@@ -2,8 +2,8 @@
 
 Scorers are those of ``scoring``, the same implementation that gives rewards. The judge is another: it
 reads attributes from a picture (``scoring.mini``), and is never a reward. It is asked only about characters
-whose folder says what is true (``<NAME>_attributes.json``). Which pictures are copies needs no network at
-all: pixels decide, on the scale that the training pictures set themselves.
+whose folder says what is true (``<NAME>_attributes.json``). Which pictures are copies, and how much those of
+one prompt vary, needs no network at all: pixels decide, on the scale that the training pictures set themselves.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ def measure(case: Case, outputs: Sequence[Output], instruments: Instruments) -> 
     for one, distance in zip(found, apart(pictures, originals), strict=True):
         if distance is not None:
             one |= {"apart": distance, "copied": float(distance < COPY)}
+    for one, distance in zip(found, varied(pictures, [o.item.key for o in outputs], originals), strict=True):
+        if distance is not None:
+            one["varied"] = distance
     for places in _alike([p.shape for p in pictures]):
         stacked = np.stack([pictures[i] for i in places])
         group = [outputs[i] for i in places]
@@ -124,16 +127,49 @@ def apart(pictures: Sequence[np.ndarray], originals: Sequence[np.ndarray]) -> li
       pictures: uint8 ``[H, W, 3]`` of any sizes.
       originals: the same.
     """
-    small = np.array([_thumbnail(p) for p in originals])
-    if len(small) < 2:
+    small = _thumbnails(originals)
+    unit = _unit(small)
+    if not unit:
         return [None] * len(pictures)
-    between = _distances(small, small)
-    np.fill_diagonal(between, np.inf)
-    unit = float(np.median(between.min(axis=1)))
-    if unit == 0:  # most originals are there twice
-        return [None] * len(pictures)
-    nearest = _distances(np.array([_thumbnail(p) for p in pictures]), small).min(axis=1)
+    nearest = _distances(_thumbnails(pictures), small).min(axis=1)
     return [float(d / unit) for d in nearest]
+
+
+def varied(
+    pictures: Sequence[np.ndarray], prompts: Sequence[str], originals: Sequence[np.ndarray]
+) -> list[float | None]:
+    """How far pictures are from the others of their prompt, on average, in the unit of ``apart``.
+
+    The independent measure of diversity: no network reads it, and it is never a reward. (The distance that is
+    rewarded may see little: the mini world's encoder knows looks alone, which a character should not vary.)
+
+    Args:
+      pictures: uint8 ``[H, W, 3]`` of any sizes.
+      prompts: equal for pictures that are compared.
+      originals: the training pictures, for the unit; fewer than two give None, as a prompt's only picture does.
+    """
+    unit = _unit(_thumbnails(originals))
+    found: list[float | None] = [None] * len(pictures)
+    for prompt in dict.fromkeys(prompts):
+        places = [i for i, other in enumerate(prompts) if other == prompt]
+        if unit and len(places) > 1:
+            small = _thumbnails([pictures[i] for i in places])
+            for i, total in zip(places, _distances(small, small).sum(axis=1), strict=True):
+                found[i] = float(total / (len(places) - 1) / unit)
+    return found
+
+
+def _unit(originals: np.ndarray) -> float | None:
+    """Median distance from an original's thumbnail to its nearest other; None where there is no such scale."""
+    if len(originals) < 2:
+        return None
+    between = _distances(originals, originals)
+    np.fill_diagonal(between, np.inf)
+    return float(np.median(between.min(axis=1))) or None  # 0: most originals are there twice
+
+
+def _thumbnails(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([_thumbnail(p) for p in pictures])
 
 
 def _thumbnail(picture: np.ndarray) -> np.ndarray:

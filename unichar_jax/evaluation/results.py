@@ -86,6 +86,11 @@ METRICS: dict[str, Metric] = {
     ),
     "dino": Metric("DINO", shown="number", about="Mean cosine to the training pictures, picture encoder."),
     "diversity": Metric("diversity", shown="number", about="Mean distance between pictures of one prompt."),
+    "varied": Metric(
+        "pictures of a prompt vary",
+        shown="number",
+        about="Mean distance between pictures of one prompt, in pixels; in the unit of the next. Never a reward.",
+    ),
     "apart": Metric(
         "apart from training pictures",
         shown="number",

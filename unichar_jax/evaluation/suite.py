@@ -351,7 +351,8 @@ def _left_out(
         why["judged"] = "no judge was named; give --judge-url and --judge-model"
     if any(task in DRAWN for task in plan.tasks):
         if plan.seeds < 2:
-            why["diversity"] = "it compares pictures of one prompt: at least 2 seeds are needed"
+            for name in ("diversity", "varied"):
+                why[name] = "it compares pictures of one prompt: at least 2 seeds are needed"
         if not any(case.train.attributes.get("look") for case in cases):
             why["identity, prompt_following, consistency"] = (
                 "only a character whose folder tells its attributes can be read by the judge"
