@@ -214,9 +214,9 @@ def _what_was_run(summary: Summary) -> str:
         " so claims ask that the pictures of a prompt vary more in their pixels, which is never a reward. Runs from"
         " before this was measured have no number for it.",
         "Each recipe's held-out pictures are drawn as it learns to draw: nft, and flow_grpo on adapters, without"
-        " guidance; the published recipe with (scale 4, two evaluations a step), which the text-image term of the reward"
-        " favours. Its learning rate is raised from the published 1e-5 to 3e-4, because this model is two thousand times"
-        " smaller.",
+        " guidance; the published recipe with (scale 4, two evaluations a step), which the text-image term of the"
+        " reward favours. Its learning rate is raised from the published 1e-5 to 3e-4, because this model is two"
+        " thousand times smaller.",
         "Intervals: 95 %, paired bootstrap over held-out items; an item's repetitions and seeds are averaged first,"
         " characters count alike. They say what other items would change; what another training seed changes is shown"
         " seed by seed.",
