@@ -29,7 +29,7 @@ from unichar_jax.app.study import (
     Study,
 )
 from unichar_jax.app.study_claims import CLAIMS, SOURCES, UNTESTABLE, Finding, Judged, metric_of
-from unichar_jax.app.study_summary import Summary, joined, summarise, title
+from unichar_jax.app.study_summary import KEPT, Summary, joined, summarise, title
 from unichar_jax.evaluation.results import Results
 from unichar_jax.evaluation.stats import mean_interval
 from unichar_jax.evaluation.tables import REWARD_MARK, bounds, change_text, number
@@ -53,17 +53,6 @@ COLUMNS = (
     ("t2i", "copied"),
 )
 """Of the table of all variants; the independent judge's come first."""
-
-_CURVE = (
-    "reward",
-    "published_reward",
-    "identity",
-    "prompt_following",
-    "diversity",
-    "varied",
-    "apart",
-    "copied",
-)
 
 
 def write_report(sources: Path | Sequence[Path], to: Path) -> Path:
@@ -294,11 +283,11 @@ def _stage2(summary: Summary) -> str:
     for variant in summary.variants:
         for done in summary.rounds(variant):
             subject = f"{variant}@{done}"
-            cells = [_cell(summary, subject, STAGE2, name) for name in _CURVE]
+            cells = [_cell(summary, subject, STAGE2, name) for name in KEPT[STAGE2]]
             rows.append((title(variant), str(done), f"{summary.evaluations[subject]:,.0f}", *cells))
     if not rows:
         return ""
-    heads = [f"{metric_of(name).title}{_arrow(name)}" for name in _CURVE]
+    heads = [f"{metric_of(name).title}{_arrow(name)}" for name in KEPT[STAGE2]]
     about = (
         "## Stage 2 while it trains\n\nOn prompts that it never trains on, mean over characters and seeds. The"
         " published reward weighs the terms as the published recipe does, so that recipes can be compared."

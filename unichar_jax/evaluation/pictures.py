@@ -24,6 +24,7 @@ from unichar_jax.evaluation.outputs import Output
 from unichar_jax.evaluation.rater import Rater
 from unichar_jax.evaluation.texts import Metrics
 from unichar_jax.scoring.base import References, ScoreContext, Scorer, checked_scores
+from unichar_jax.scoring.diversity import mean_distance_to_others
 from unichar_jax.scoring.features import ImageEncoder
 
 Judge = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -73,12 +74,16 @@ def measure(case: Case, outputs: Sequence[Output], instruments: Instruments) -> 
     found: list[Metrics] = [{} for _ in outputs]
     pictures = [_open(o.data["picture"]) for o in outputs]
     originals = [_open(i.path) for i in case.train.images]
-    for one, distance in zip(found, apart(pictures, originals), strict=True):
-        if distance is not None:
-            one |= {"apart": distance, "copied": float(distance < COPY)}
-    for one, distance in zip(found, varied(pictures, [o.item.key for o in outputs], originals), strict=True):
-        if distance is not None:
-            one["varied"] = distance
+    small, small_originals = ([_shrunk(p) for p in some] for some in (pictures, originals))  # once for both
+    new, various = (
+        apart(small, small_originals),
+        varied(small, [o.item.key for o in outputs], small_originals),
+    )
+    for one, to_originals, to_others in zip(found, new, various, strict=True):
+        if to_originals is not None:
+            one |= {"apart": to_originals, "copied": float(to_originals < COPY)}
+        if to_others is not None:
+            one["varied"] = to_others
     for places in _alike([p.shape for p in pictures]):
         stacked = np.stack([pictures[i] for i in places])
         group = [outputs[i] for i in places]
@@ -154,8 +159,9 @@ def varied(
         places = [i for i, other in enumerate(prompts) if other == prompt]
         if unit and len(places) > 1:
             small = _thumbnails([pictures[i] for i in places])
-            for i, total in zip(places, _distances(small, small).sum(axis=1), strict=True):
-                found[i] = float(total / (len(places) - 1) / unit)
+            everyone = np.ones(len(places), bool)
+            for i, d in zip(places, mean_distance_to_others(_distances(small, small), everyone), strict=True):
+                found[i] = float(d) / unit
     return found
 
 
@@ -169,12 +175,13 @@ def _unit(originals: np.ndarray) -> float | None:
 
 
 def _thumbnails(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array([_thumbnail(p) for p in pictures])
+    """Float32 ``[N, 32 * 32 * 3]`` in [0, 1]."""
+    return np.array([np.asarray(_shrunk(p), np.float32).ravel() / 255 for p in pictures])
 
 
-def _thumbnail(picture: np.ndarray) -> np.ndarray:
-    small = Image.fromarray(picture).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return np.asarray(small, np.float32).ravel() / 255
+def _shrunk(picture: np.ndarray) -> np.ndarray:
+    """A thumbnail, uint8 ``[32, 32, 3]``; one that is a thumbnail already stays as it is."""
+    return np.asarray(Image.fromarray(picture).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
