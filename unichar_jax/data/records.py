@@ -24,6 +24,11 @@ from unichar_jax.errors import UserError
 MAX_TEXT_BYTES = 64 * 2**20
 """Largest text file that is read."""
 
+LITERAL = ("role", "image", "image_id", "reference_images_path", "test_questions")
+"""Fields that must be strings as they stand: names of files, of roles, and questions that are asked. In any
+other field that is read as text, a number or true/false is the text that JSON spells it with, and a list of
+texts is one text, a line each; a note tells of it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -104,7 +109,7 @@ def printable(text: str) -> str:
 
 def shown(value: object) -> str:
     """A short, printable form of a value for a message."""
-    text = ascii(value) if isinstance(value, str) else repr(value)
+    text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -153,8 +158,8 @@ class Record:
         return self
 
     def text(self, field: str, *, required: bool = True) -> str:
-        """A string; without ``required`` it may be absent, null or empty."""
-        value = self.data.get(field)
+        """A text (see ``LITERAL``); without ``required`` it may be absent, null or empty."""
+        value = self._spelled(field)
         if value is None:
             if required and self.ok:
                 self.error(field, "a string", "nothing", f"add {field!r}")
@@ -168,6 +173,18 @@ class Record:
         if required and not value.strip():
             self.error(field, "a text", "an empty one", "fill it in or drop the record")
         return value
+
+    def _spelled(self, field: str) -> Any:
+        """The field's value, as text where it is a scalar or a list of them that can be read as one."""
+        value = self.data.get(field)
+        if value is None or isinstance(value, str) or field.partition("[")[0] in LITERAL:
+            return value
+        parts = value if isinstance(value, list) else [value]
+        if not all(isinstance(p, str) or (isinstance(p, int | float) and math.isfinite(p)) for p in parts):
+            return value
+        text = "\n".join(p if isinstance(p, str) else json.dumps(p) for p in parts)
+        self.note(field, "a string", _kind(value), f"read as {shown(text)}")
+        return text
 
     def number(self, field: str, default: float, low: float, high: float) -> float:
         """A finite number within ``[low, high]``."""
@@ -232,7 +249,11 @@ class Record:
         return pairs
 
     def texts(self, field: str, *, required: bool = False, blank: bool = False) -> tuple[str, ...]:
-        """A list of strings; with ``blank`` they may be empty."""
+        """A list of texts (see ``LITERAL``); with ``blank`` they may be empty. One text is a list of one."""
+        value = self.data.get(field)
+        if isinstance(value, str) and field not in LITERAL:
+            self.note(field, "a list [...]", "a string", "read as a list of one")
+            self.data = self.data | {field: [value]}
         values = self._list(field, required)
         box = Record(self.found, self.file, self.place, {})
         good = []
