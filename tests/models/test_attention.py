@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from unichar_jax.models import attention
+from unichar_jax.models.kernels import reference
 
 
 def case(rng, queries, cached, dtype=jnp.float32):
@@ -29,7 +30,7 @@ def test_blocks_of_queries_change_no_number(queries, monkeypatch):
         return (out * jnp.arange(out.size).reshape(out.shape) / out.size).sum(), out
 
     got = jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
-    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 10_000)
+    monkeypatch.setattr(reference, "QUERIES_AT_ONCE", 10_000)
     want = jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
     assert not np.any(got[0][1][:, ::7])
@@ -56,7 +57,7 @@ def test_a_big_picture_needs_the_memory_of_one_block(backward, monkeypatch):
         return compiled.memory_analysis().temp_size_in_bytes
 
     blocks = temporaries()
-    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 10_000)
+    monkeypatch.setattr(reference, "QUERIES_AT_ONCE", 10_000)
     whole = temporaries()
     print(f"temporaries: {blocks / 2**30:.2f} GiB in blocks, {whole / 2**30:.2f} GiB whole")
     assert blocks < whole / 4

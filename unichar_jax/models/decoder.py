@@ -43,7 +43,7 @@ class Compute:
       remat: what the backward pass recomputes. "none": nothing; "full": everything but layer inputs;
         "attention": keeps q, k, v and the attention output; "most": keeps gate and up too; "offload_inputs":
         "full" with the layer inputs in host memory.
-      attention: kernel name (``models/kernels.py``).
+      attention: kernel name (``models/kernels``).
       unroll: layers per iteration of the scan.
     """
 

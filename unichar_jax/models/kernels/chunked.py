@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from unichar_jax.models.attention import in_blocks
+from unichar_jax.models.kernels.reference import in_blocks
 from unichar_jax.models.kernels.sharded import per_device
 from unichar_jax.models.streams import TokenMeta, visible
 
