@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unichar_jax.data import rl_prompts
-from unichar_jax.data.records import DataError
+from unichar_jax.records import DataError
 
 # Prompts in the file and distinct ones, from the published table.
 REAL = {"Adrien_Brody": (32, 30), "Bo": (41, 41), "Furina": (41, 39), "YuiYagi": (30, 30)}

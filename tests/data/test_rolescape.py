@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import draw_picture
 from unichar_jax.data import rolescape
-from unichar_jax.data.records import DataError
 from unichar_jax.errors import UserError
+from unichar_jax.records import DataError
 
 TESS = "train/Friends-Tess"
 

@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from unichar_jax.data.records import Finding
+from unichar_jax.records import Finding
 
 Split = Literal["train", "test"]
 

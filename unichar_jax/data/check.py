@@ -20,11 +20,11 @@ from rich.text import Text
 
 from unichar_jax.data.character import Character
 from unichar_jax.data.images import ImageError, image_header, open_image
-from unichar_jax.data.records import Finding, Findings
 from unichar_jax.data.rl_prompts import WITH_QUESTIONS, WITHOUT_QUESTIONS, scan_rl_prompts
 from unichar_jax.data.rolescape import find_characters, scan_character
 from unichar_jax.data.tasks import TASKS, TEST_SETS, eval_items, samples
 from unichar_jax.errors import UserError
+from unichar_jax.records import Finding, Findings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,12 +36,13 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from unichar_jax.data.files import read_json, read_text
 from unichar_jax.data.images import ImageError, open_image
-from unichar_jax.data.records import DataError, Findings, read_json, read_text, shown
 from unichar_jax.data.rl_prompts import WITH_QUESTIONS, read_rl_prompts
 from unichar_jax.data.rolescape import read_character
 from unichar_jax.data.tasks import TASKS, TEST_SETS, eval_items, samples
 from unichar_jax.errors import UserError
+from unichar_jax.records import DataError, Findings, shown
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_PICTURES = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".dng")

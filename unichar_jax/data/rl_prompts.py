@@ -16,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path, PurePosixPath
 
-from unichar_jax.data.records import DataError, Finding, Findings, Record, read_jsonl, shown
+from unichar_jax.data.files import read_jsonl
+from unichar_jax.records import DataError, Finding, Findings, Record, shown
 
 WITH_QUESTIONS = "_pure_t2i_with_vqa.jsonl"
 WITHOUT_QUESTIONS = "_pure_t2i.jsonl"

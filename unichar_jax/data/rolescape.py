@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from unichar_jax.data import records
+from unichar_jax.data import files
 from unichar_jax.data.character import (
     Caption,
     Character,
@@ -33,8 +33,8 @@ from unichar_jax.data.character import (
     VisualQuestion,
 )
 from unichar_jax.data.images import ImageError, image_header
-from unichar_jax.data.records import DataError, Finding, Findings, Record, shown
 from unichar_jax.errors import UserError
+from unichar_jax.records import DataError, Finding, Findings, Record, shown
 
 SERIES = ("Friends-", "Genshin-", "Harry Potter-", "Mahjong Soul-", "Pokemon-")
 """Prefixes of folder names that are not part of a character's name."""
@@ -158,7 +158,7 @@ class _Folder:
     def _json(self, name: str, *keys: str) -> Record | None:
         """One of the folder's JSON objects; its description and opening must be everybody's."""
         self.known.add(name)
-        record = records.read_json(self.found, self.folder, name)
+        record = files.read_json(self.found, self.folder, name)
         if record is None:
             return None
         record.expect(*_META, *keys)
@@ -172,7 +172,7 @@ class _Folder:
         return record
 
     def _text(self, kind: str) -> str:
-        return records.read_text(self.found, self.folder, f"{self.name}_{kind}.txt") or ""
+        return files.read_text(self.found, self.folder, f"{self.name}_{kind}.txt") or ""
 
     def _read_images(self) -> None:
         for path in _listing(self.folder):
@@ -384,7 +384,7 @@ class _Folder:
     def _attributes(self) -> dict[str, Any]:
         name = f"{self.name}_attributes.json"
         self.known.add(name)
-        record = records.read_json(self.found, self.folder, name)
+        record = files.read_json(self.found, self.folder, name)
         return record.data if record else {}
 
     def _nominal(self, record: Record, field: str, nominal: int | None = None) -> None:

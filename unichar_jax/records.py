@@ -1,11 +1,12 @@
-"""Reading JSON that people and language models wrote: every fault found, none raised half-way.
+"""Checking JSON that people, language models and other programs wrote: every fault found, none raised half-way.
 
 A :class:`Record` is one JSON object that knows its file and place. Asking it for a field checks the
 type and, where something is wrong, adds a :class:`Finding` to a shared list and returns a neutral
 value, so that one pass over a folder reports all faults together. The caller raises
 :class:`DataError` at the end if any finding is an error.
 
-This module knows nothing of characters; it never reads outside of the folder it is given.
+Character data, settings of models and headers of weights are all read through it. It knows nothing of
+what they mean, and opens no file.
 """
 
 from __future__ import annotations
@@ -18,11 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from unichar_jax.data.images import ImageError, resolve_inside
 from unichar_jax.errors import UserError
-
-MAX_TEXT_BYTES = 64 * 2**20
-"""Largest text file that is read."""
 
 LITERAL = ("role", "image", "image_id", "reference_images_path", "test_questions")
 """Fields that must be strings as they stand: names of files, of roles, and questions that are asked. In any
@@ -87,7 +84,7 @@ class Findings:
         told = (file, record, field, expected, got, remedy)
         self._all.append(Finding("note", *map(printable, told)))
 
-    def picture(self, file: str, folder: Path, error: ImageError) -> None:
+    def picture(self, file: str, folder: Path, error: UserError) -> None:
         """An error about a picture in ``folder`` that was refused."""
         got, _, remedy = str(error).removeprefix(f"{folder}: ").partition("; ")
         remedy = remedy.rstrip(".") or "replace it by a picture"
@@ -263,26 +260,8 @@ class Record:
         return tuple(good)
 
 
-def read_text(found: Findings, folder: Path, name: str) -> str | None:
-    """A UTF-8 text file inside ``folder``; ``None`` if absent or faulty (then it is logged)."""
-    try:
-        path = resolve_inside(folder, name)
-        if not path.exists():
-            return None
-        if not path.is_file():
-            found.error(name, "", "", "a regular file", "something else", "replace it by the file")
-            return None
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            found.error(name, "", "", f"at most {MAX_TEXT_BYTES} bytes", "more", "split or shorten it")
-            return None
-        raw = path.read_bytes()
-    except ImageError as error:
-        found.error(name, "", "", "a file inside this folder", "a path out of it", str(error))
-        return None
-    except OSError as error:
-        got = error.strerror or "an error of the system"
-        found.error(name, "", "", "a file that can be read", got, "change its permissions or its name")
-        return None
+def decode(found: Findings, name: str, raw: bytes) -> str | None:
+    """The text of a UTF-8 file, without its byte order mark; ``None`` if it is none (then it is logged)."""
     if raw.startswith(b"\xef\xbb\xbf"):
         found.note(name, "", "", "UTF-8 without a byte order mark", "one", "it is ignored")
         raw = raw[3:]
@@ -302,7 +281,8 @@ def read_text(found: Findings, folder: Path, name: str) -> str | None:
         return None
 
 
-def _parse(found: Findings, name: str, place: str, text: str) -> tuple[bool, Any]:
+def parse(found: Findings, name: str, place: str, text: str) -> tuple[bool, Any]:
+    """Whether the text is JSON with each key once, and its value; what is wrong is logged."""
     repeated: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -325,34 +305,3 @@ def _parse(found: Findings, name: str, place: str, text: str) -> tuple[bool, Any
     for key in dict.fromkeys(repeated):
         found.error(name, place, shown(key), "each key once", "the same key again", "keep one")
     return True, value
-
-
-def read_json(found: Findings, folder: Path, name: str) -> Record | None:
-    """The object in a JSON file inside ``folder``; ``None`` if absent or faulty (then logged)."""
-    text = read_text(found, folder, name)
-    if text is None:
-        return None
-    good, value = _parse(found, name, "", text)
-    if not good:
-        return None
-    record = Record(found, name, "", value)
-    return record if record.ok else None
-
-
-def read_jsonl(found: Findings, folder: Path, name: str) -> list[Record]:
-    """The objects in a JSON-lines file, one per line; empty lines are noted and skipped."""
-    text = read_text(found, folder, name)
-    if text is None:
-        return []
-    records = []
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        place = f"line {number}"
-        if not line.strip():
-            if number < len(lines):
-                found.note(name, place, "", "one object per line", "an empty line", "it is skipped")
-            continue
-        good, value = _parse(found, name, place, line)
-        if good:
-            records.append(Record(found, name, place, value))
-    return records
