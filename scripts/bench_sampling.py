@@ -22,10 +22,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import DecoderConfig, model_preset
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling.engine import Engine, EngineConfig
 from unichar_jax.sampling.flow import FlowSettings, Guidance

@@ -219,8 +219,8 @@ def differences(
     import jax.numpy as jnp
 
     from unichar_jax.checkpoint import store
+    from unichar_jax.config.compute import Compute
     from unichar_jax.data.tokenizer import load_tokenizer
-    from unichar_jax.models.decoder import Compute
     from unichar_jax.sampling import cache as kv
     from unichar_jax.sampling import flow, pixels
 

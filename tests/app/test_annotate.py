@@ -381,8 +381,8 @@ def test_a_run_annotates(bare, monkeypatch):
 def test_an_annotated_character_trains(bare, tmp_path, monkeypatch):
     """Two steps of Unified-SFT on what annotation made, thinking and questions included."""
     from unichar_jax.config import presets
+    from unichar_jax.config.compute import MeshConfig
     from unichar_jax.config.train import SFTConfig
-    from unichar_jax.parallel.mesh import MeshConfig
     from unichar_jax.training import sft
     from unichar_jax.training.metrics import read
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from unichar_jax.checkpoint import store
+from unichar_jax.config.compute import Compute
 from unichar_jax.data.tokenizer import load_tokenizer
-from unichar_jax.models.decoder import Compute
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow, pixels
 from unichar_jax.sampling.text import TextSettings, decode

@@ -13,11 +13,12 @@ import pytest
 
 from unichar_jax.checkpoint import convert, lora, low_rank, peft_names, store
 from unichar_jax.cli.main import main
+from unichar_jax.config.compute import MeshConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import lora as model_lora
 from unichar_jax.models import params
 from unichar_jax.models.unified import UnifiedModel
-from unichar_jax.parallel.mesh import MeshConfig, make_mesh
+from unichar_jax.parallel.mesh import make_mesh
 
 from .conftest import tensors_of, write_tensors
 

@@ -113,7 +113,8 @@ import sys
 import jax, numpy as np
 from unichar_jax.checkpoint import store
 from unichar_jax.models import params
-from unichar_jax.parallel.mesh import MeshConfig, make_mesh
+from unichar_jax.config.compute import MeshConfig
+from unichar_jax.parallel.mesh import make_mesh
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
 torch, orbax = sys.argv[1:]
 whole = params.flat(store.load_model(torch))

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from unichar_jax.config import presets
+from unichar_jax.config.compute import MeshConfig
 from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.config.model import ModelConfig, model_preset
 from unichar_jax.config.train import LoraConfig, OptimizerConfig, SFTConfig
 from unichar_jax.errors import UserError
-from unichar_jax.parallel.mesh import MeshConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -9,11 +9,6 @@ from pathlib import Path
 from tests.docs import checker
 
 PACKAGE = checker.REPOSITORY / "unichar_jax"
-EXCEPTIONS = {
-    ("config", "unichar_jax.models.decoder", "Compute"),
-    ("config", "unichar_jax.parallel.mesh", "MeshConfig"),
-}
-"""By design, and said in the document: (floor, module, name)."""
 
 
 def floors() -> list[str]:
@@ -39,11 +34,7 @@ def upward(floor: str, source: str, order: list[str]) -> list[str]:
     found = []
     for module, name in imports(source):
         other = module.split(".")[1]
-        if (
-            other in order
-            and order.index(other) < order.index(floor)
-            and (floor, module, name) not in EXCEPTIONS
-        ):
+        if other in order and order.index(other) < order.index(floor):
             found.append(f"{module} {name}".strip())
     return found
 
@@ -67,4 +58,4 @@ def test_an_import_that_points_up_is_noticed():
     assert upward("models", "from unichar_jax.training.step import make_sft_step", order)
     assert upward("data", "def f():\n    import unichar_jax.sampling.engine", order)
     assert upward("config", "from unichar_jax.models.decoder import Decoder", order)
-    assert not upward("training", "from unichar_jax.models.decoder import Compute", order)
+    assert not upward("training", "from unichar_jax.models.decoder import Decoder", order)

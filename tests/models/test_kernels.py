@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unichar_jax.config.compute import Compute, MeshConfig
 from unichar_jax.config.model import model_preset
 from unichar_jax.errors import UserError
 from unichar_jax.models import kernels, params
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.kernels import layout as layout_lib
 from unichar_jax.models.kernels import splash as splash_lib
 from unichar_jax.models.kernels.chunked import Chunked
 from unichar_jax.models.streams import TokenMeta, visible
 from unichar_jax.models.vision import VisionTower
-from unichar_jax.parallel.mesh import MeshConfig, make_mesh
+from unichar_jax.parallel.mesh import make_mesh
 
 ROWS, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 150, 4, 2, 24
 FAST = {"chunked": Chunked(chunk=64), "splash_interpret": kernels.KERNELS["splash_interpret"]}

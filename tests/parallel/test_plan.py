@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from unichar_jax.config.compute import Compute, MeshConfig
 from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import LoraConfig, OptimizerConfig, SFTConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import flops
-from unichar_jax.models.decoder import Compute
 from unichar_jax.parallel import program, topology
-from unichar_jax.parallel.mesh import MeshConfig, gather, make_mesh
+from unichar_jax.parallel.mesh import gather, make_mesh
 from unichar_jax.parallel.program import Collective, Memory
 from unichar_jax.parallel.topology import CHIPS, Topology
 from unichar_jax.training import plan as plan_lib

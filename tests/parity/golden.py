@@ -18,9 +18,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from unichar_jax.checkpoint import table
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.models.autoencoder import Autoencoder
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 
 FLOAT32 = Compute(dtype="float32")

@@ -103,7 +103,7 @@ def test_losses():
 
 @pytest.mark.parametrize("remat", ["none", "full", "attention", "most"])
 def test_gradients(remat):
-    from unichar_jax.models.decoder import Compute
+    from unichar_jax.config.compute import Compute
 
     packed = train_batch()
     model = golden.model(Compute(dtype="float32", remat=remat))

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import DecoderConfig, ModelConfig, VisionConfig, model_preset
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 
 CONFIG: ModelConfig = replace(

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unichar_jax.config.compute import MeshConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
 from unichar_jax.models.encoders.clip import Clip, ClipConfig
 from unichar_jax.models.encoders.dinov2 import Dinov2, Dinov2Config
 from unichar_jax.models.encoders.lpips import Lpips, LpipsConfig
 from unichar_jax.models.encoders.transformer import TransformerConfig
-from unichar_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from unichar_jax.parallel.mesh import batch_sharding, make_mesh
 from unichar_jax.scoring import preprocess
 from unichar_jax.scoring.base import References, ScoreContext
 from unichar_jax.scoring.clip_score import REFERENCE_SCALE, ClipScorer, clip_tokenizer

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import model_preset
 from unichar_jax.data.images import patchify, position_ids
 from unichar_jax.data.rl_prompts import RLQuestion
 from unichar_jax.models import params
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import text

@@ -23,9 +23,9 @@ from tests.torch_parity.common import (  # noqa: E402
     randomize,
 )
 from unichar_jax.checkpoint import table  # noqa: E402
+from unichar_jax.config.compute import Compute  # noqa: E402
 from unichar_jax.config.model import MODEL_PRESETS, DecoderConfig, ModelConfig  # noqa: E402
 from unichar_jax.models import params  # noqa: E402
-from unichar_jax.models.decoder import Compute  # noqa: E402
 from unichar_jax.models.streams import TokenMeta  # noqa: E402
 from unichar_jax.models.unified import UnifiedModel  # noqa: E402
 

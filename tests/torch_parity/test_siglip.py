@@ -14,10 +14,10 @@ torch = pytest.importorskip("torch")
 from tests.parity.golden import assert_close  # noqa: E402
 from tests.torch_parity.common import TOLERANCE, numpy_tensors, randomize  # noqa: E402
 from unichar_jax.checkpoint import table  # noqa: E402
+from unichar_jax.config.compute import Compute  # noqa: E402
 from unichar_jax.config.model import MODEL_PRESETS, VisionConfig  # noqa: E402
 from unichar_jax.models import params  # noqa: E402
 from unichar_jax.models.autoencoder import patchify  # noqa: E402
-from unichar_jax.models.decoder import Compute  # noqa: E402
 from unichar_jax.models.streams import TokenMeta  # noqa: E402
 from unichar_jax.models.unified import UnifiedModel  # noqa: E402
 

@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from tests.parity.golden import relative_l2
 from unichar_jax.checkpoint import store
+from unichar_jax.config.compute import Compute, MeshConfig
 from unichar_jax.config.grpo import (
     EvalConfig,
     FlowGRPOConfig,
@@ -28,10 +29,9 @@ from unichar_jax.config.train import LoraConfig, OptimizerConfig, SaveConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.lora import add_lora, attach, merge, switched_off
 from unichar_jax.models.unified import UnifiedModel
-from unichar_jax.parallel.mesh import MeshConfig, make_mesh
+from unichar_jax.parallel.mesh import make_mesh
 from unichar_jax.sampling import flow
 from unichar_jax.training import metrics as metrics_lib
 from unichar_jax.training.grpo import run

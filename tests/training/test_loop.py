@@ -24,13 +24,13 @@ from tests.training.batches import random_batch
 from unichar_jax.checkpoint import remote, runs
 from unichar_jax.checkpoint.remote import RunFolder
 from unichar_jax.config import presets
+from unichar_jax.config.compute import MeshConfig
 from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import RunOptions, SaveConfig, SFTConfig
 from unichar_jax.data.tokenizer import load_tokenizer
 from unichar_jax.errors import UserError
 from unichar_jax.models import flops
 from unichar_jax.models.streams import TokenMeta, visible
-from unichar_jax.parallel.mesh import MeshConfig
 from unichar_jax.training import loop as loop_lib
 from unichar_jax.training import metrics, sft, throughput, validation
 from unichar_jax.training.metrics import MetricsLog, read

@@ -17,15 +17,15 @@ from tests.training.batches import CAPACITIES, random_batch
 from unichar_jax.checkpoint import convert, lora, runs, store
 from unichar_jax.checkpoint.weights import OrbaxWeights, orbax_item
 from unichar_jax.config import presets
+from unichar_jax.config.compute import REMAT_POLICIES, Compute, MeshConfig
 from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import LoraConfig, SaveConfig, SFTConfig
 from unichar_jax.data.tokenizer import write_debug_tokenizer
 from unichar_jax.models import lora as model_lora
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
-from unichar_jax.models.decoder import REMAT_POLICIES, Compute
 from unichar_jax.models.unified import UnifiedModel
-from unichar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from unichar_jax.parallel.mesh import make_mesh, put_batch
 from unichar_jax.training import sft
 from unichar_jax.training import state as state_lib
 from unichar_jax.training import step as step_lib

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import model_preset
 from unichar_jax.data import images
 from unichar_jax.data.miniworld.world import ATTRIBUTES, attributes, random_look, sample_scene
 from unichar_jax.models import params
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.training import seeing
 

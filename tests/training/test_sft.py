@@ -14,9 +14,9 @@ import pytest
 
 from unichar_jax.checkpoint import runs, store
 from unichar_jax.config import presets
+from unichar_jax.config.compute import MeshConfig
 from unichar_jax.config.train import SaveConfig, SFTConfig
 from unichar_jax.errors import UserError
-from unichar_jax.parallel.mesh import MeshConfig
 from unichar_jax.training import sft
 from unichar_jax.training.loop import Preempted
 from unichar_jax.training.metrics import read

@@ -10,12 +10,12 @@ import pytest
 
 from tests.parity.golden import relative_l2
 from tests.training.batches import random_batch
+from unichar_jax.config.compute import REMAT_POLICIES, Compute, MeshConfig
 from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import OptimizerConfig, SFTConfig
 from unichar_jax.models import params
-from unichar_jax.models.decoder import REMAT_POLICIES, Compute
 from unichar_jax.models.unified import UnifiedModel
-from unichar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from unichar_jax.parallel.mesh import make_mesh, put_batch
 from unichar_jax.training import objective
 from unichar_jax.training import state as state_lib
 from unichar_jax.training import step as step_lib

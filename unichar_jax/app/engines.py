@@ -35,7 +35,7 @@ def load_engine(
       as_shipped: as in ``EngineConfig``.
     """
     from unichar_jax.checkpoint import lora, store
-    from unichar_jax.models.decoder import Compute
+    from unichar_jax.config.compute import Compute
     from unichar_jax.sampling.engine import Engine, EngineConfig
 
     step = runs.resolve(path)

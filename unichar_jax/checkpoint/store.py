@@ -34,11 +34,11 @@ from unichar_jax.checkpoint.weights import (
     array_bytes,
 )
 from unichar_jax.checkpoint.writing import CONFIG_FILES
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import lora, params
 from unichar_jax.models.autoencoder import Autoencoder
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
 

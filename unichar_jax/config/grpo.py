@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from unichar_jax.config.compute import Compute, MeshConfig
 from unichar_jax.config.train import LoraConfig, OptimizerConfig, RunOptions, SaveConfig, require
-from unichar_jax.models.decoder import Compute
-from unichar_jax.parallel.mesh import MeshConfig
 
 
 @dataclass(frozen=True)

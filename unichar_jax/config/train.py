@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from unichar_jax.config.compute import Compute, MeshConfig
 from unichar_jax.config.data import DataConfig
 from unichar_jax.errors import UserError
-from unichar_jax.models.decoder import Compute
-from unichar_jax.parallel.mesh import MeshConfig
 
 
 def require(condition: bool, message: str) -> None:

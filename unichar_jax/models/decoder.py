@@ -11,77 +11,20 @@ Source: BAGEL (arXiv 2505.14683), Qwen2.5 with QK-norm.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import DecoderConfig
-from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.models import params
 from unichar_jax.models.attention import Prepared, attend
-from unichar_jax.models.layers import Dense, RMSNorm
+from unichar_jax.models.layers import Dense, RMSNorm, checkpointed
 from unichar_jax.parallel.mesh import constrain
 
 KeyValues = tuple[jax.Array, jax.Array]
-
-_NAMES = {
-    "attention": ("q", "k", "v", "attention_out"),
-    "most": ("q", "k", "v", "attention_out", "gate", "up"),
-}
-REMAT_POLICIES = ("none", "full", "offload_inputs", *_NAMES)
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How the model computes; nothing here changes what it computes.
-
-    Attributes:
-      dtype: of activations and of the weights' compute copy ("bfloat16" or "float32").
-      remat: what the backward pass recomputes. "none": nothing; "full": everything but layer inputs;
-        "attention": keeps q, k, v and the attention output; "most": keeps gate and up too; "offload_inputs":
-        "full" with the layer inputs in host memory.
-      attention: kernel name (``models/kernels``).
-      unroll: layers per iteration of the scan.
-    """
-
-    dtype: str = "bfloat16"
-    remat: str = "none"
-    attention: str = "reference"
-    unroll: int = 1
-
-    def __post_init__(self) -> None:
-        if self.remat not in REMAT_POLICIES:
-            raise UserError(
-                f"compute.remat: '{self.remat}' is unknown{did_you_mean(self.remat, REMAT_POLICIES)};"
-                f" expected one of {', '.join(REMAT_POLICIES)}."
-            )
-        if self.dtype not in ("bfloat16", "float32"):
-            raise UserError(f"compute.dtype: expected bfloat16 or float32, got '{self.dtype}'.")
-
-    @property
-    def jax_dtype(self):
-        return jnp.dtype(self.dtype)
-
-    def checkpoint(self, f):
-        """Wraps a layer function with the rematerialisation policy."""
-        if self.remat == "none":
-            return f
-        policies = jax.checkpoint_policies
-        if self.remat == "full":
-            policy = policies.nothing_saveable
-        elif self.remat == "offload_inputs":
-            policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=["layer_input"],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-        else:
-            policy = policies.save_only_these_names(*_NAMES[self.remat])
-        return jax.checkpoint(f, policy=policy, prevent_cse=False)
 
 
 def rope_angles(position: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -238,7 +181,10 @@ class Decoder(nnx.Module):
 
         if layers is None:
             (und, gen), kv = jax.lax.scan(
-                compute.checkpoint(body), (und, gen), (self.layers, list(prefixes)), unroll=compute.unroll
+                checkpointed(body, compute.remat),
+                (und, gen),
+                (self.layers, list(prefixes)),
+                unroll=compute.unroll,
             )
         else:
             carry, kvs = (und, gen), []

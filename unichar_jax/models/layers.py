@@ -6,11 +6,40 @@ All modules here compute in the dtype of their input and expect their weights al
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from unichar_jax.models import params
+
+F = TypeVar("F", bound=Callable)
+
+_SAVED = {
+    "attention": ("q", "k", "v", "attention_out"),
+    "most": ("q", "k", "v", "attention_out", "gate", "up"),
+}
+
+
+def checkpointed(layer: F, remat: str) -> F:
+    """A layer's function whose backward pass recomputes what the policy (``Compute.remat``) does not save."""
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    if remat == "full":
+        policy = policies.nothing_saveable
+    elif remat == "offload_inputs":
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["layer_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        policy = policies.save_only_these_names(*_SAVED[remat])
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 class Dense(nnx.Module):

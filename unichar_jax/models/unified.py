@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.models import params
 from unichar_jax.models.attention import prepare
-from unichar_jax.models.decoder import Compute, Decoder, DecoderLayer, KeyValues
+from unichar_jax.models.decoder import Decoder, DecoderLayer, KeyValues
 from unichar_jax.models.layers import Dense, Embedding
 from unichar_jax.models.streams import TextStream, TokenMeta, VitStream
 from unichar_jax.models.vision import Connector, VisionTower

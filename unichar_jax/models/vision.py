@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import DecoderConfig, VisionConfig
 from unichar_jax.models import params
 from unichar_jax.models.attention import Prepared, attend, prepare
-from unichar_jax.models.decoder import Compute
-from unichar_jax.models.layers import Dense, Embedding, LayerNorm
+from unichar_jax.models.layers import Dense, Embedding, LayerNorm, checkpointed
 from unichar_jax.models.streams import TokenMeta
 from unichar_jax.parallel.mesh import constrain
 
@@ -72,7 +72,7 @@ class VisionTower(nnx.Module):
             x = constrain(x, ("batch", None, None))
             return params.gathered(layer, dtype)(x, prepared), None
 
-        x, _ = jax.lax.scan(compute.checkpoint(body), x, self.layers, unroll=compute.unroll)
+        x, _ = jax.lax.scan(checkpointed(body, compute.remat), x, self.layers, unroll=compute.unroll)
         return params.gathered(self.post_norm, dtype)(x)
 
 

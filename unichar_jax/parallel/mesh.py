@@ -11,13 +11,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from unichar_jax.errors import UserError
+from unichar_jax.config.compute import MeshConfig
 
 AXIS_NAMES = ("data", "fsdp", "tensor")
 
@@ -34,40 +33,6 @@ AXES: dict[str, str | tuple[str, ...]] = {
     "vision_heads": "tensor",
     "vision_mlp": "tensor",
 }
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; ``-1`` (at most one) takes what is left."""
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        sizes = self.sizes
-        if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-            raise UserError(
-                f"mesh: data={self.data} fsdp={self.fsdp} tensor={self.tensor}: each must be a positive"
-                " number, and at most one may be -1 (take what is left)."
-            )
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        return (self.data, self.fsdp, self.tensor)
-
-    def resolve(self, num_devices: int) -> tuple[int, int, int]:
-        """Axis sizes for a number of devices; a ``UserError`` where they do not multiply out."""
-        sizes = list(self.sizes)
-        known = math.prod(s for s in sizes if s != -1)
-        if -1 in sizes and num_devices % known == 0:
-            sizes[sizes.index(-1)] = num_devices // known
-        if math.prod(sizes) != num_devices:
-            raise UserError(
-                f"mesh: data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not make"
-                f" {num_devices} devices; change one of them (or give -1 to one)."
-            )
-        return sizes[0], sizes[1], sizes[2]
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:

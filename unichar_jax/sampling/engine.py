@@ -21,10 +21,10 @@ import jax
 import numpy as np
 from PIL import Image
 
+from unichar_jax.config.compute import Compute
 from unichar_jax.data import templates
 from unichar_jax.errors import UserError
 from unichar_jax.models.autoencoder import Autoencoder
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import context, flow, pixels, text

@@ -219,7 +219,7 @@ def cheapest_changes(
 ) -> list[tuple[str, float]]:
     """Settings that would save memory, those that cost least first, with estimated bytes per device."""
     d = model.decoder
-    split = mesh_lib.MeshConfig.resolve(cfg.mesh, topology.size)
+    split = cfg.mesh.resolve(topology.size)
     shards = split[1] * split[2]
     trained = sum(x.size for x in state.params.values()) / shards
     frozen = sum(x.size * x.dtype.itemsize for x in state.frozen.values()) / shards  # bytes

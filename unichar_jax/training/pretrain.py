@@ -27,6 +27,7 @@ from PIL import Image
 
 from unichar_jax.checkpoint import store
 from unichar_jax.checkpoint.manager import CheckpointManager
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import OptimizerConfig, SFTConfig
 from unichar_jax.data.miniworld import corpus, unnamed
@@ -34,7 +35,6 @@ from unichar_jax.data.miniworld.draw import contact_sheet
 from unichar_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import patchify
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow

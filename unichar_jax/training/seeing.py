@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.data.images import MINI_VIT_TRANSFORM, position_ids
 from unichar_jax.data.miniworld.world import ATTRIBUTES
 from unichar_jax.data.tokenizer import Tokenizer
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import patchify
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.encoders.transformer import unit
 from unichar_jax.models.streams import TokenMeta
 from unichar_jax.models.unified import UnifiedModel
