@@ -16,11 +16,11 @@ from unichar_jax.app.report import (
     Picture,
     Report,
 )
-from unichar_jax.data.miniworld.cast import CAST, sample_look
-from unichar_jax.data.miniworld.draw import draw
-from unichar_jax.data.miniworld.texts import named_caption
-from unichar_jax.data.miniworld.world import Look, Scene, sample_scene
 from unichar_jax.evaluation.results import Record, Results
+from workshop.miniworld.cast import CAST, sample_look
+from workshop.miniworld.draw import draw
+from workshop.miniworld.texts import named_caption
+from workshop.miniworld.world import Look, Scene, sample_scene
 
 PIP = CAST["Pip"].look
 

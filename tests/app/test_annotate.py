@@ -22,14 +22,14 @@ from unichar_jax.app.annotate.kinds import Facts
 from unichar_jax.app.annotate.run import AnnotateConfig, run
 from unichar_jax.cli.main import main
 from unichar_jax.data.check import check
-from unichar_jax.data.miniworld.cast import member
-from unichar_jax.data.miniworld.draw import draw
-from unichar_jax.data.miniworld.world import sample_scene
 from unichar_jax.data.new_character import new_character
 from unichar_jax.data.rl_prompts import read_rl_prompts
 from unichar_jax.data.rolescape import read_character
 from unichar_jax.data.tasks import TASKS, TEST_SETS, eval_items, samples
 from unichar_jax.errors import UserError
+from workshop.miniworld.cast import member
+from workshop.miniworld.draw import draw
+from workshop.miniworld.world import sample_scene
 
 SMALL = Wanted(
     vqa=3, image_mcq=2, knowledge=7, dialogue=8, dialogue_test=3, memorization=2, personality=2, rl_prompts=3

@@ -29,9 +29,9 @@ from unichar_jax.app.web.guests import invite
 from unichar_jax.app.web.server import Server
 from unichar_jax.app.web.settings import Settings
 from unichar_jax.config import presets
-from unichar_jax.data.miniworld.cast import member
-from unichar_jax.data.miniworld.write import write_character
 from unichar_jax.data.rolescape import read_character
+from workshop.miniworld.cast import member
+from workshop.miniworld.write import write_character
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(

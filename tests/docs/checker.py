@@ -209,7 +209,7 @@ def check_python(args: list[str]) -> None:
             absent = [a for a in rest if a.startswith("tests") and not (REPOSITORY / a).exists()]
             if absent:
                 raise Wrong(f"{', '.join(absent)}: not there")
-        elif module.startswith("unichar_jax."):
+        elif module.startswith(("unichar_jax.", "workshop.")):
             with mock.patch.object(sys, "argv", [module, *rest]):
                 if _parsed(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)) is None:
                     raise Wrong(f"{module} parses nothing")

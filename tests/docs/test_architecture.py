@@ -39,6 +39,39 @@ def upward(floor: str, source: str, order: list[str]) -> list[str]:
     return found
 
 
+BACK = {
+    "app/quickstart.py",
+    "evaluation/pictures.py",
+    "evaluation/texts.py",
+    "scoring/mini.py",
+}
+"""Files that still use the workshop's code."""
+
+
+def of_workshop(source: str) -> list[str]:
+    """What a file imports from the workshop, at its head or inside functions."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            found.append(node.module or "")
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if name.split(".")[0] == "workshop"]
+
+
+def test_the_package_does_not_import_the_workshop():
+    paths = sorted(PACKAGE.rglob("*.py"))
+    found = {p.relative_to(PACKAGE).as_posix() for p in paths if of_workshop(p.read_text("utf-8"))}
+    assert found == BACK
+
+
+def test_an_import_of_the_workshop_is_noticed():
+    assert of_workshop("from workshop.miniworld import draw")
+    assert of_workshop("def f():\n    import workshop.study.claims as claims")
+    assert of_workshop("from workshop import miniworld")
+    assert not of_workshop("from unichar_jax.data import workshop")
+
+
 def test_every_package_is_on_a_floor():
     assert set(floors()) == {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
 

@@ -13,7 +13,7 @@ from tests.docs import checker
 
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "launch/*.md", "checkpoints/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "launch/*.md", "checkpoints/*.md", "workshop/*.md")
     for path in checker.REPOSITORY.glob(pattern)
 )
 
@@ -42,7 +42,8 @@ unichar data check data
 X=1 ./launch/train.sh --smoke sft sft-mini \\
   --steps 4
 ./launch/quickstart.sh --rounds 0
-python -m unichar_jax.training.pretrain --records 3
+python -m workshop.minimodel.pretrain --records 3
+python -m workshop.study report docs/study
 python scripts/bench_layer.py --hidden 8
 pip install 'unichar-jax[serve]' > log
 ```
@@ -96,7 +97,8 @@ def test_right_commands_pass(tmp_path, monkeypatch):
         ("./launch/train.sh sft sft-mini --stps 3", "stps"),
         ("./launch/quickstart.sh --dta x", "dta"),
         ("./launch/test.sh --everything", "does not take"),
-        ("python -m unichar_jax.training.pretrain --recods 3", "recods"),
+        ("python -m workshop.minimodel.pretrain --recods 3", "recods"),
+        ("python -m workshop.study reprt", "reprt"),
         ("python scripts/absent.py", "not there"),
         ("python scripts/bench_layer.py --hiden 8", "hiden"),
         ("pip install 'unichar-jax[sreve]'", "sreve"),

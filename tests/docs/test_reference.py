@@ -12,12 +12,17 @@ import sys
 import pytest
 
 import unichar_jax
+import workshop
 
 
 def public_modules() -> list[str]:
-    """Every module of the package that no underscore hides."""
-    names = [m.name for m in pkgutil.walk_packages(unichar_jax.__path__, "unichar_jax.")]
-    return ["unichar_jax", *(n for n in names if not any(part.startswith("_") for part in n.split(".")))]
+    """Every module of the package and of the workshop that no underscore hides."""
+    roots = (unichar_jax, workshop)
+    names = [m.name for r in roots for m in pkgutil.walk_packages(r.__path__, f"{r.__name__}.")]
+    return [
+        *(r.__name__ for r in roots),
+        *(n for n in names if not any(part.startswith("_") for part in n.split("."))),
+    ]
 
 
 @pytest.mark.parametrize("name", public_modules())
@@ -36,7 +41,7 @@ def test_the_reference_builds(tmp_path):
         pytest.skip("needs pdoc: pip install 'unichar-jax[docs]'")
     command = [sys.executable, "-m", "pdoc", "--docformat", "google", "--output-directory", str(tmp_path)]
     made = subprocess.run(
-        [*command, "unichar_jax"],
+        [*command, "unichar_jax", "workshop"],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.sampling.conftest import autoencoder, model, tokenizer  # noqa: F401 - fixtures
-from unichar_jax.data.miniworld.cast import CAST
-from unichar_jax.data.miniworld.write import write_character
 from unichar_jax.evaluation.items import Case, read_cases
 from unichar_jax.evaluation.subject import Prompt
+from workshop.miniworld.cast import CAST
+from workshop.miniworld.write import write_character
 
 
 def gray(shade: int) -> Image.Image:

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from unichar_jax.data.miniworld.world import ATTRIBUTES
 from unichar_jax.evaluation.instruments import find_instruments, rewarded_metrics
 from unichar_jax.models import params
 from unichar_jax.scoring import mini
+from workshop.miniworld.world import ATTRIBUTES
 
 
 def test_a_judge_alone_reads_attributes(tmp_path):

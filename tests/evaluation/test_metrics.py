@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unichar_jax.data.miniworld.draw import draw
-from unichar_jax.data.miniworld.world import ATTRIBUTES, Look, Scene, attributes
 from unichar_jax.evaluation import pictures, texts
 from unichar_jax.evaluation.items import Item, items
 from unichar_jax.evaluation.outputs import Output
 from unichar_jax.evaluation.subject import Prompt
 from unichar_jax.scoring.base import ScoreContext
+from workshop.miniworld.draw import draw
+from workshop.miniworld.world import ATTRIBUTES, Look, Scene, attributes
 
 OPTIONS = (("A", "one"), ("B", "two"), ("C", "three"), ("D", "four"))
 

@@ -9,8 +9,6 @@ from PIL import Image
 from rich.console import Console
 
 from tests.evaluation.conftest import Scripted, gray
-from unichar_jax.data.miniworld.texts import attributes_in_text
-from unichar_jax.data.miniworld.world import ATTRIBUTES, LOOK_VALUES
 from unichar_jax.errors import UserError
 from unichar_jax.evaluation import tables
 from unichar_jax.evaluation.items import TASKS, items
@@ -19,6 +17,8 @@ from unichar_jax.evaluation.pictures import Instruments
 from unichar_jax.evaluation.results import Results, difference, pooled
 from unichar_jax.evaluation.subject import Piped
 from unichar_jax.evaluation.suite import Plan, collect, draw_seed, evaluate, known_tasks, measure, originals
+from workshop.miniworld.texts import attributes_in_text
+from workshop.miniworld.world import ATTRIBUTES, LOOK_VALUES
 
 PLAN = Plan(seeds=2)
 

@@ -35,7 +35,7 @@ def files(*folders: str) -> set[str]:
 @pytest.fixture(scope="module")
 def checkout() -> set[str]:
     """Everything to release, listed before it is."""
-    return files("unichar_jax", "configs", "checkpoints", "launch", "scripts", "tests", "docs")
+    return files("unichar_jax", "workshop", "configs", "checkpoints", "launch", "scripts", "tests", "docs")
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""What a person meets: reports, the quickstart, evaluation of runs, the web demo, annotation, the study."""
+"""What a person meets: reports, the quickstart, evaluation of runs, the web demo and annotation."""

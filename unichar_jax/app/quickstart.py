@@ -161,8 +161,8 @@ def character_folder(cfg: Quickstart) -> Path:
                 " 'unichar data new NAME --images DIR' makes one from pictures."
             )
         return folder
-    from unichar_jax.data.miniworld.cast import member
-    from unichar_jax.data.miniworld.write import write_character
+    from workshop.miniworld.cast import member
+    from workshop.miniworld.write import write_character
 
     data = cfg.out / "data"
     folder = data / "personalized_data" / "train" / cfg.character

@@ -122,9 +122,7 @@ def shipped() -> Iterator[Finding]:
     yield Finding(
         "mini base",
         "present" if there else "no weights",
-        None
-        if there
-        else "python -m unichar_jax.training.pretrain makes them; without, runs start at random",
+        None if there else "python -m workshop.minimodel.pretrain makes them; without, runs start at random",
     )
 
 

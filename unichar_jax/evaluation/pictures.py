@@ -17,8 +17,6 @@ import numpy as np
 from PIL import Image
 
 from unichar_jax.data.images import open_image, to_rgb
-from unichar_jax.data.miniworld.texts import attributes_in_text
-from unichar_jax.data.miniworld.world import ATTRIBUTES, LOOK_VALUES, SCENE_VALUES
 from unichar_jax.evaluation.items import Case
 from unichar_jax.evaluation.outputs import Output
 from unichar_jax.evaluation.rater import Rater
@@ -26,6 +24,8 @@ from unichar_jax.evaluation.texts import Metrics
 from unichar_jax.scoring.base import References, ScoreContext, Scorer, checked_scores
 from unichar_jax.scoring.diversity import mean_distance_to_others
 from unichar_jax.scoring.features import ImageEncoder
+from workshop.miniworld.texts import attributes_in_text
+from workshop.miniworld.world import ATTRIBUTES, LOOK_VALUES, SCENE_VALUES
 
 Judge = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Pictures uint8 ``[N, H, W, 3]`` to probabilities ``{attribute: [N, values]}`` in the order of

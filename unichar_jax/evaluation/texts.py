@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from unichar_jax.data.character import Character
-from unichar_jax.data.miniworld.voices import voice_in_text
 from unichar_jax.evaluation.items import Item
+from workshop.miniworld.voices import voice_in_text
 
 Metrics = dict[str, float]
 

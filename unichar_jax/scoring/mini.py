@@ -7,7 +7,7 @@ no other model's tokenizer.
 
 The ``Judge`` reads all attributes that the drawing code knows. It is a convolutional network trained from
 another seed on other pictures than the scorers (which are transformers), so that what is optimised is not
-what judges. It must never be used as a reward. Training of all three is in ``training/encoders.py``.
+what judges. It must never be used as a reward. Training of all three is in ``workshop/minimodel/encoders.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from flax import nnx
 from unichar_jax.checkpoint import table
 from unichar_jax.checkpoint.encoders import load_clip, load_dinov2
 from unichar_jax.checkpoint.safetensors_io import open_file, write_file
-from unichar_jax.data.miniworld.world import ATTRIBUTES
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Conv, GroupNorm, Level
@@ -39,6 +38,7 @@ from unichar_jax.scoring.base import in_batches
 from unichar_jax.scoring.clip_score import ClipScorer
 from unichar_jax.scoring.features import ImageEncoder
 from unichar_jax.scoring.preprocess import Preprocess
+from workshop.miniworld.world import ATTRIBUTES
 
 SIZE = 96
 PREPROCESS = Preprocess(SIZE, SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -196,7 +196,7 @@ def load_judge(path: str | Path) -> AttributeReader:
         different = sorted(n for n in expected | found if expected.get(n) != found.get(n))
         raise UserError(
             f"{path}: not the weights of this judge; {len(different)} arrays differ, the first is"
-            f" {different[0]}. Make them again with: python -m unichar_jax.training.encoders judge"
+            f" {different[0]}. Make them again with: python -m workshop.minimodel.encoders judge"
         )
     arrays = {n: jnp.asarray(file.read(n).astype(np.float32)) for n in found}
     return AttributeReader(table.module_from_flat(declared, arrays))

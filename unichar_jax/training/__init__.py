@@ -1,1 +1,1 @@
-"""Objectives, optimiser, state, step and loop; both stages, and the making of the mini base."""
+"""Objectives, optimiser, state, step and loop of both stages."""
