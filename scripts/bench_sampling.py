@@ -1,6 +1,7 @@
 """Times the sampling engine against its alternatives, as ratios from one run.
 
-Drawing: eight pictures in one batch against eight requests one after the other. Talking: replies of a
+Drawing: eight pictures in one batch against eight requests one after the other. Chunks: a drawing by chunks of
+steps, as the engine draws, against the whole loop in one program. Talking: replies of a
 conversation whose beginning is remembered against reading it anew in every turn. Decoding: tokens a second
 against what the memory could deliver if each token did nothing but read the weights it needs and the filled
 cache once; the memory's rate is that of a copy (bytes read and written a second), made in turns with the
@@ -27,11 +28,14 @@ from unichar_jax.config.model import DecoderConfig, model_preset
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.sampling import cache as kv
+from unichar_jax.sampling import flow
 from unichar_jax.sampling.engine import Engine, EngineConfig
 from unichar_jax.sampling.flow import FlowSettings, Guidance
 from unichar_jax.sampling.session import Persona, RolePlay
 from unichar_jax.sampling.text import TextSettings
 
+PARTS = ("drawing", "chunks", "talking", "decoding")
 PERSONA = Persona("Ada", "Ada keeps the lighthouse and speaks plainly. " * 12, "The lamp is lit.")
 
 
@@ -104,6 +108,24 @@ def drawing(engine: Engine, a: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def chunks(model: UnifiedModel, a: argparse.Namespace) -> dict[str, object]:
+    settings = FlowSettings(a.steps + 1, 1.0, Guidance(4.0, interval=(0.4, 1.0)))
+    grid = (a.grid, a.grid)
+    ids = np.full((8, 16), 20, np.int32)
+    contexts = flow.Contexts(kv.prefill_text(model, kv.empty(model, 8, 64), ids, np.full(8, 16)))
+    noise = flow.draw_noise(flow.row_keys(np.arange(8)), 0, grid, model.cfg.latent_dim)
+    whole = lambda: jax.block_until_ready(flow.sample_latents(model, contexts, noise, grid, settings))  # noqa: E731
+    by_chunks = lambda: list(flow.sample_in_chunks(model, contexts, noise, grid, settings))  # noqa: E731
+    by_chunks()  # the first learns the time of a step with the compilation in it
+    took = in_turns(a.repeats, whole=whole, chunks=by_chunks)
+    return {
+        "whole_s": round(statistics.median(took["whole"]), 3),
+        "chunks_s": round(statistics.median(took["chunks"]), 3),
+        "chunks_are_slower_by": round(statistics.median(np.divide(took["chunks"], took["whole"])) - 1, 4),
+        "number_of_chunks": len(by_chunks()),
+    }
+
+
 def talking(model: UnifiedModel, a: argparse.Namespace) -> dict[str, object]:
     def conversation(remembered: int, tokens: int) -> None:
         with Engine(model, None, Letters(), EngineConfig(remembered=remembered)) as engine:
@@ -170,10 +192,10 @@ def main() -> None:
     for name, value in (sizes | habits).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--only", choices=("drawing", "talking", "decoding"), nargs="*")
+    parser.add_argument("--only", choices=PARTS, nargs="*")
     a = parser.parse_args()
     model, autoencoder = build(a)
-    wanted = a.only or ("drawing", "talking", "decoding")
+    wanted = a.only or PARTS
     result: dict[str, object] = {
         "device": jax.devices()[0].device_kind,
         "parameters_millions": round(params.count(model) / 1e6, 1),
@@ -182,6 +204,8 @@ def main() -> None:
     with Engine(model, autoencoder, Letters(), EngineConfig(max_batch=8)) as engine:
         if "drawing" in wanted:
             result["drawing"] = drawing(engine, a)
+        if "chunks" in wanted:
+            result["chunks"] = chunks(model, a)
         if "talking" in wanted:
             result["talking"] = talking(model, a)
         if "decoding" in wanted:

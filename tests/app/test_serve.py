@@ -146,6 +146,47 @@ def test_work_can_be_stopped():
         assert "a b c" not in puppet.asked[-1][0]  # what was stopped is not part of the conversation
 
 
+def test_a_drawing_is_stopped_while_it_runs():
+    """Not when the first picture is there: the engine's job is cancelled at once."""
+    puppet = Puppet()
+    puppet.go.clear()  # no picture will come
+    with serving(puppet) as server:
+        client = Client(server.url)
+        client.hello()
+        asked = {"guest": "pip", "prompt": "a kite", "n": 2, "steps": 10, "guidance": 2}
+        keys = [client.post("/api/draw", asked)[1]["entry"], client.say("Draw", picture=True)]
+        for key in keys:
+            client.until(key, "drawing", "writing")
+            client.post("/api/stop", {"entry": key})
+            client.until(key, "stopped")
+            assert all(job.cancelled for job in puppet.jobs)
+        assert len(puppet.jobs) == 2
+        puppet.go.set()
+        assert client.until(client.say("next"))["reply"] == "I heard: next ! "
+
+
+def test_work_of_a_visitor_who_logged_out_is_dropped():
+    puppet = Puppet()
+    puppet.go.clear()
+    with serving(puppet) as server:
+        client = Client(server.url)
+        client.hello()
+        asked = {"guest": "pip", "prompt": "a kite", "n": 2, "steps": 10, "guidance": 2}
+        for _ in range(2):
+            status, _ = client.post("/api/draw", asked)
+            assert status == 202
+        client.until("1", "drawing")
+        client.post("/api/logout", {})
+        puppet.go.set()
+        other = Client(server.url)
+        other.hello()
+        other.until(other.say("Hello"))
+        assert [job.cancelled for job in puppet.jobs] == [
+            True,
+            False,
+        ]  # the second of the first's never began
+
+
 # -- connections --------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ class Puppet:
     """Stands for an engine: answers word by word, draws plain colours, can be slow, held, or broken."""
 
     def __init__(self, pause: float = 0.0):
-        self.pause, self.asked, self.go = pause, [], threading.Event()
+        self.pause, self.asked, self.jobs, self.go = pause, [], [], threading.Event()
         self.config = SimpleNamespace(as_shipped=False)
         self.broken: Exception | None = None
         self.go.set()
@@ -43,6 +43,7 @@ class Puppet:
 
     def _start(self, pieces, whole, end=""):
         job = Job(None, None)
+        self.jobs.append(job)
 
         def work() -> None:
             told = []

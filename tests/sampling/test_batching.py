@@ -105,6 +105,20 @@ def test_a_cancelled_job_never_runs() -> None:
     assert run.batches == [[0], [2]]
 
 
+def test_a_cancelled_job_that_waits_ends_at_once_and_makes_room() -> None:
+    run = Recorder(open_gate=False)
+    batcher = Batcher(run, max_rows=4, max_queue=1)
+    waiting_behind(run, batcher)
+    unwanted = batcher.submit(Job("a", 1))
+    unwanted.cancel()
+    with pytest.raises(Cancelled):
+        unwanted.result(10)  # while the first still runs
+    wanted = batcher.submit(Job("a", 2))
+    run.gate.set()
+    assert wanted.result(10) == "done 2"
+    batcher.close()
+
+
 def test_pieces_stream_and_the_error_comes_last() -> None:
     def run(jobs: list[Job]) -> None:
         for job in jobs:

@@ -218,6 +218,33 @@ def test_cancelled_and_crowding_requests_leave_the_engine_well(model, tokenizer)
     assert unfinished.done
 
 
+def test_a_cancelled_drawing_ends_between_its_chunks_of_steps(engine: Engine, monkeypatch) -> None:
+    monkeypatch.setattr(flow, "CHUNK_SECONDS", 0.0)  # one step each
+    steps, run, jobs = [], flow._some_steps, []
+
+    def spy(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            jobs[0].cancel()
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(flow, "_some_steps", spy)
+    settings = replace(QUICK, num_timesteps=40)
+    with engine.together():
+        jobs.append(engine.submit_images("a cat", 2, settings, size=SIZE))
+    with pytest.raises(Cancelled):
+        jobs[0].result(60)
+    assert len(steps) == 3
+    # A neighbour in the batch is drawn to its end.
+    del steps[:], jobs[:]
+    with engine.together():
+        jobs.extend(engine.submit_images("a cat", 1, settings, size=SIZE, seed=i) for i in range(2))
+    with pytest.raises(Cancelled):
+        jobs[0].result(60)
+    assert len(jobs[1].result(60)) == 1
+    assert len(steps) == 39
+
+
 def test_nothing_is_left_of_requests_that_ended(model, tokenizer) -> None:
     """Answered, cancelled or refused: no array and no thread stays."""
 

@@ -152,6 +152,40 @@ def test_other_scales_and_shifts_compile_nothing(model: UnifiedModel, read: kv.K
     assert np.all(np.isfinite(other))
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize("interval", [(0.4, 1.0), (0.4, 0.9), (0.0, 1.0)])
+def test_chunks_of_steps_are_the_whole_loop_to_the_bit(model, read, monkeypatch, seconds, interval) -> None:
+    monkeypatch.setattr(flow, "CHUNK_SECONDS", seconds)
+    settings = FlowSettings(9, 3.0, Guidance(4.0, 2.0, interval=interval))
+    contexts = Contexts(read, no_image=kv.truncate(read, np.array([1, 1, 1])))
+    whole = flow.sample_latents(model, contexts, noise(3), GRID, settings)
+    chunks = list(flow.sample_in_chunks(model, contexts, noise(3), GRID, settings))
+    np.testing.assert_array_equal(chunks[-1], whole)
+    # One step each, or 1 + 4 + the rest of each run of equal guidance.
+    assert len(chunks) == 8 if not seconds else len(settings.runs()) < len(chunks) <= 2 + len(settings.runs())
+
+
+def test_unguided_chunks_are_the_whole_loop_to_the_bit(model: UnifiedModel, read: kv.KVCache) -> None:
+    settings = FlowSettings(6, 3.0, Guidance(1.0))
+    whole = flow.sample_latents(model, Contexts(read), noise(3), GRID, settings)
+    *_, last = flow.sample_in_chunks(model, Contexts(read), noise(3), GRID, settings)
+    np.testing.assert_array_equal(last, whole)
+
+
+def test_any_number_of_steps_and_any_interval_are_two_programs(model: UnifiedModel, read: kv.KVCache) -> None:
+    def draw(steps: int, interval: tuple[float, float]) -> None:
+        settings = FlowSettings(steps, 3.0, Guidance(3.0, interval=interval))
+        for _ in flow.sample_in_chunks(model, Contexts(read), noise(3)[:, :4], (2, 2), settings):
+            pass
+
+    before = compilations().get("_some_steps", 0)
+    draw(3, (0.8, 1.0))
+    assert compilations()["_some_steps"] == before + 2
+    for steps, interval in ((2, (0.8, 1.0)), (7, (0.4, 1.0)), (20, (0.3, 0.9))):
+        draw(steps, interval)
+    assert compilations()["_some_steps"] == before + 2
+
+
 def test_noise_comes_from_the_seed_of_its_row() -> None:
     keys = flow.row_keys(np.array([5, 6, 5]))
     drawn = flow.draw_noise(keys, 0, GRID, 4)

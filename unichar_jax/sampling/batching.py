@@ -44,14 +44,16 @@ class Job:
         self._future: Future[Any] = Future()
         self._pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._cancelled = threading.Event()
+        self._withdraw: Callable[[Job], None] = lambda job: None
 
     def result(self, timeout: float | None = None) -> Any:
         """Waits for the result; raises the job's error, ``Cancelled``, or ``TimeoutError``."""
         return self._future.result(timeout)
 
     def cancel(self) -> None:
-        """Asks the job to end; a result that is already there stays."""
+        """Ends the job: at once if it waits, at its next pause if it runs; a result that is there stays."""
         self._cancelled.set()
+        self._withdraw(self)
 
     @property
     def cancelled(self) -> bool:
@@ -117,6 +119,7 @@ class Batcher:
                 self._changed.wait()
             if self._closed:
                 raise EngineClosed("the engine is closed; make a new one.")
+            job._withdraw = self._dropped
             self._waiting.append(job)
             self._changed.notify_all()
         return job
@@ -132,13 +135,19 @@ class Batcher:
         """Cancels what waits, lets the running batch end, and stops the thread."""
         with self._changed:
             self._closed = True
-            for job in self._waiting:
+            for job in list(self._waiting):
                 job.cancel()
-                job.finish()
-            self._waiting.clear()
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _dropped(self, job: Job) -> None:
+        """A job was cancelled: one that waits makes room."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.finish()
+                self._changed.notify_all()
 
     def _next(self) -> list[Job] | None:
         """The next batch; None when closed."""

@@ -467,16 +467,17 @@ class Engine:
             for k, (row, i) in enumerate(padded):
                 if (own := requests[row].noise) is not None:
                     noise = noise.at[k].set(own[i])
-            latents = flow.sample_latents(
-                model,
-                _rows(contexts, np.array([row for row, _ in padded], np.int32)),
-                noise,
-                grid,
-                first.settings,
-            )
-            images = pixels.decode_images(self.parts.autoencoder, latents, grid, self.cfg.latent_patch_size)
-            for (row, _), image in zip(chunk, np.asarray(images), strict=False):
-                drawn[row].append(Image.fromarray(image))
-                jobs[row].emit(drawn[row][-1])
+            rows = _rows(contexts, np.array([row for row, _ in padded], np.int32))
+            latents = noise
+            for latents in flow.sample_in_chunks(model, rows, noise, grid, first.settings):  # noqa: B007
+                if all(jobs[row].cancelled for row, _ in chunk):
+                    break
+            else:
+                images = pixels.decode_images(
+                    self.parts.autoencoder, latents, grid, self.cfg.latent_patch_size
+                )
+                for (row, _), image in zip(chunk, np.asarray(images), strict=False):
+                    drawn[row].append(Image.fromarray(image))
+                    jobs[row].emit(drawn[row][-1])
         for job, pictures in zip(jobs, drawn, strict=True):
             job.finish(pictures)

@@ -6,8 +6,9 @@ branches are rows of one batch, laid side by side (``Branches``). ``guided_veloc
 that samples, rolls out and, in the policy update, is differentiated.
 
 Guidance acts on an interval of times only: steps outside of it run the full context alone, in a loop of
-their own. A rollout is deterministic but for a short window of steps; it keeps what the update needs of
-these and nothing else. Nothing here knows of prompts, tokens or pixels.
+their own. Inside a larger program a drawing is one loop for each such run; the engine's go by chunks of steps,
+between which they can be stopped. A rollout is deterministic but for a short window of steps; it keeps what
+the update needs of these and nothing else. Nothing here knows of prompts, tokens or pixels.
 
 Sources: BAGEL (arXiv 2505.14683) for guidance and renormalisation; Flow-GRPO (arXiv 2505.05470) and MixGRPO
 (arXiv 2507.21802) for the window; UniCharacter (arXiv 2605.08129).
@@ -16,7 +17,9 @@ Sources: BAGEL (arXiv 2505.14683) for guidance and renormalisation; Flow-GRPO (a
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +30,18 @@ from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import schedule
-from unichar_jax.sampling.cache import KVCache
+from unichar_jax.sampling.cache import KVCache, bucket
 from unichar_jax.sampling.schedule import Noising, Step
 from unichar_jax.sampling.tracing import jitted
 
 Grid = tuple[int, int]
 """Rows and columns of latent tokens."""
+
+CHUNK_SECONDS = 0.25
+"""How long a drawing that is to be stopped may go on: steps run in chunks of about this time."""
+
+MIN_TIMES = 128
+"""Schedules are padded to a ``bucket`` of at least so many times, so that their length compiles nothing."""
 
 RENORMS = ("global", "channel", "text_channel")
 
@@ -296,20 +305,23 @@ def draw_noise(keys: jax.Array, index: jax.Array | int, grid: Grid, width: int) 
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
+def _euler(model, branched, x, times, grid, guidance, first, end):
+    """Euler steps ``first <= i < end`` (traced or not) with one set of branches."""
+
+    def body(i, x):
+        v = guided_velocity(model, branched, x, times[i], grid, guidance)
+        return schedule.euler(x, v, times[i], times[i + 1])
+
+    return jax.lax.fori_loop(first, end, body, x)
+
+
 def _ode(model, branched, x, times, runs, grid, guidance, first=0, end=None):
     """Euler steps ``first <= i < end`` (traced or not), one loop for each run of equal guidance."""
     alone = branched.unguided()
     for a, b, guided in runs:
-        rows = branched if guided else alone
-
-        def body(i, x, rows=rows):
-            v = guided_velocity(model, rows, x, times[i], grid, guidance)
-            return schedule.euler(x, v, times[i], times[i + 1])
-
-        if end is None:
-            x = jax.lax.fori_loop(a, b, body, x)
-        else:
-            x = jax.lax.fori_loop(jnp.maximum(a, first), jnp.minimum(b, end), body, x)
+        if end is not None:
+            a, b = jnp.maximum(a, first), jnp.minimum(b, end)
+        x = _euler(model, branched if guided else alone, x, times, grid, guidance, a, b)
     return x
 
 
@@ -326,7 +338,7 @@ def sample_latents(
     grid: Grid,
     settings: FlowSettings,
 ) -> jax.Array:
-    """Draws a picture for each row: from noise to clean latents along the deterministic flow.
+    """Draws a picture for each row: from noise to clean latents along the deterministic flow, in one program.
 
     Args:
       model: the model.
@@ -348,6 +360,43 @@ def sample_latents(
         runs=settings.runs(),
         uses=settings.guidance.uses,
     )
+
+
+@jitted(static_argnames="uses")
+def _branches(model, contexts, guidance, *, uses):
+    return branches(model, contexts, guidance, uses)
+
+
+@jitted(static_argnames="grid")
+def _some_steps(model, branched, x, times, first, end, guidance, *, grid):
+    return _euler(model, branched, x, times, grid, guidance, first, end)
+
+
+def sample_in_chunks(
+    model: UnifiedModel, contexts: Contexts, noise: jax.Array, grid: Grid, settings: FlowSettings
+) -> Iterator[jax.Array]:
+    """``sample_latents`` by chunks of steps, bit for bit: yields the latents after each, the last ones clean.
+
+    First and last step of a chunk are traced, so two programs (with and without guidance) serve any number of
+    steps. A chunk takes about ``CHUNK_SECONDS``, as the one before it tells; a caller who stops iterating stops
+    the drawing.
+    """
+    alone, branched = Branches(contexts.full, 1, False), None
+    guidance = replace(settings.guidance, interval=Guidance.interval)  # told by the runs, so compiles nothing
+    times = np.pad(settings.times, (0, bucket(settings.num_timesteps, MIN_TIMES) - settings.num_timesteps))
+    x, size = noise, 1
+    for first, run_end, guided in settings.runs():
+        if guided and branched is None and guidance.uses[0]:
+            branched = _branches(model, contexts, guidance, uses=guidance.uses)
+        rows = branched if guided and branched is not None else alone
+        while first < run_end:
+            end, began = min(first + size, run_end), time.perf_counter()
+            x = _some_steps(model, rows, x, times, first, end, guidance, grid=grid)
+            jax.block_until_ready(x)
+            seconds = (time.perf_counter() - began) / (end - first)
+            # The first chunk may have waited for a compilation: sizes adapt, but grow no more than fourfold.
+            first, size = end, max(1, min(4 * size, round(CHUNK_SECONDS / seconds)))
+            yield x
 
 
 # -- rollouts -----------------------------------------------------------------------------------------------

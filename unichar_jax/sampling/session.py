@@ -118,6 +118,7 @@ class RolePlay:
         *,
         seed: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        on_job: Callable[[Job], None] | None = None,
     ) -> Turn:
         """Says something to the character and takes its answer as the next turn.
 
@@ -126,6 +127,7 @@ class RolePlay:
           settings: of decoding.
           seed: of the answer (default: that of ``settings`` plus the number of turns).
           on_text: called with pieces of the answer as they come.
+          on_job: called with the job that is waited for: another thread may cancel it.
         """
         seed = settings.seed + len(self.turns) if seed is None else seed
         job = self.engine.submit_text(
@@ -135,7 +137,7 @@ class RolePlay:
             model=self.model,
             wait=True,
         )
-        turn = Turn(user, _wait(job, on_text), seed)
+        turn = Turn(user, _wait(job, on_text, on_job), seed)
         self.turns.append(turn)
         return turn
 
@@ -159,6 +161,7 @@ class RolePlay:
         size: Size | None = None,
         seed: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        on_job: Callable[[Job], None] | None = None,
     ) -> Turn:
         """Draws the latest turn; the picture becomes part of it.
 
@@ -169,6 +172,7 @@ class RolePlay:
           size: (height, width) in pixels.
           seed: of the picture (default: that of the turn).
           on_text: called with pieces of the plan as they come.
+          on_job: called with each job that is waited for: another thread may cancel it.
         """
         if not self.turns:
             raise UserError("there is nothing to draw yet; say something to the character first.")
@@ -182,12 +186,12 @@ class RolePlay:
             job = self.engine.submit_text(
                 ask(*told), None, replace(planning, seed=seed), model=self.model, wait=True
             )
-            plan = templates.parse_thinking(_wait(job, on_text))
+            plan = templates.parse_thinking(_wait(job, on_text, on_job))
             prompt = templates.t2i_with_thinking(*told, *plan)
         job = self.engine.submit_images(
             prompt, 1, settings, size=size, seed=seed, model=self.model, wait=True
         )
-        image = _wait(job)[0]
+        image = _wait(job, on_job=on_job)[0]
         self.turns[-1] = replace(turn, image=image, image_seed=seed, plan=plan)
         return self.turns[-1]
 
@@ -279,9 +283,15 @@ class RolePlay:
         return session
 
 
-def _wait(job: Job, on_text: Callable[[str], None] | None = None):
+def _wait(
+    job: Job,
+    on_text: Callable[[str], None] | None = None,
+    on_job: Callable[[Job], None] | None = None,
+):
     """The job's result, its pieces passed on; an interrupted caller cancels it."""
     try:
+        if on_job is not None:
+            on_job(job)
         if on_text is not None:
             for piece in job:
                 on_text(piece)

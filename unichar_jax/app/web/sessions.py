@@ -17,6 +17,7 @@ from typing import Any
 
 from unichar_jax.app.web.pictures import Shown
 from unichar_jax.app.web.settings import Refused, Settings
+from unichar_jax.sampling.batching import Job
 from unichar_jax.sampling.session import RolePlay
 
 Entry = dict[str, Any]
@@ -55,6 +56,8 @@ class Session:
         self.plays: dict[str, RolePlay] = {}
         self.tasks: deque[Callable[[], None]] = deque()
         self.running = False
+        self.closed = False
+        self._job: Job | None = None
         self.lock = threading.RLock()
         self._version = 0
         self._number = 0
@@ -107,6 +110,19 @@ class Session:
     def busy(self) -> bool:
         return self.running or bool(self.tasks)
 
+    # -- work -----------------------------------------------------------------------------------------------
+
+    def take(self, job: Job) -> None:
+        """Notes the engine's job that is waited for now, for ``cancel``."""
+        with self.lock:
+            self._job = job
+
+    def cancel(self) -> None:
+        """Cancels that job: a drawing ends after the chunk of steps it is in."""
+        with self.lock:
+            if self._job is not None:
+                self._job.cancel()
+
     # -- pictures -------------------------------------------------------------------------------------------
 
     def keep(self, picture: Shown) -> str:
@@ -144,8 +160,10 @@ class Session:
                 self._listeners.remove(listener)
 
     def close(self) -> None:
-        """Lets every listener go."""
+        """Lets every listener go and ends the work, that which waits too: nobody will see it."""
         with self.lock:
+            self.closed = True
+            self.cancel()
             for listener in self._listeners:
                 listener.gone = True
                 listener.wake()

@@ -7,6 +7,7 @@ are told in the entry; others are logged, and the entry says no more than that.
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from unichar_jax.app.web.pictures import Shown, shown
 from unichar_jax.app.web.sessions import ENDED, Session
 from unichar_jax.app.web.settings import Refused, Settings
 from unichar_jax.errors import UserError
-from unichar_jax.sampling.batching import Job
+from unichar_jax.sampling.batching import Cancelled, Job
 from unichar_jax.sampling.session import RolePlay
 from unichar_jax.sampling.text import TextSettings
 
@@ -114,10 +115,14 @@ class Studio:
         )
 
     def stop(self, session: Session, key: str) -> None:
-        """Ends an entry's work at its next pause; what is there stays."""
-        entry = session.entry(key)
-        if entry is not None and entry["status"] not in ENDED:
+        """Ends an entry's work, a drawing between two of its chunks of steps; what is there stays."""
+        with session.lock:
+            entry = session.entry(key)
+            if entry is None or entry["status"] in ENDED:
+                return
             session.change(key, status="stopped")
+            if entry["status"] != "waiting":  # a session's work runs one by one
+                session.cancel()
 
     def forget(self, session: Session, guest: Guest) -> None:
         """Begins the conversation anew."""
@@ -160,6 +165,10 @@ class Studio:
             session.change(key, status="done")
         except _Stopped:
             pass
+        except Cancelled:
+            with session.lock:  # by ``stop``, which has told; or the engine has closed
+                if (entry := session.entry(key)) is not None and entry["status"] not in ENDED:
+                    session.change(key, status="stopped")
         except UserError as error:
             session.change(key, status="failed", note=str(error))
         except Exception:
@@ -191,17 +200,15 @@ class Studio:
         _go_on(session, key, "writing")
         seed = secrets.randbelow(2**31)
         settings = TextSettings(max_tokens=self.settings.max_reply, temperature=TEMPERATURE)
-        turn = play.reply(text, settings, seed=seed, on_text=on_text)
+        on_job = functools.partial(_take, session, key)
+        turn = play.reply(text, settings, seed=seed, on_text=on_text, on_job=on_job)
         session.change(key, reply=turn.reply, seed=seed)
         if not picture:
             return
 
-        def on_plan(piece: str) -> None:
-            _go_on(session, key)
-
         _go_on(session, key, "planning" if thinking else "drawing")
         settings_of_drawing = guest.drawing(self.settings.steps, self.settings.guidance)
-        turn = play.picture(settings_of_drawing, thinking=thinking, seed=seed % 100_000, on_text=on_plan)
+        turn = play.picture(settings_of_drawing, thinking=thinking, seed=seed % 100_000, on_job=on_job)
         play.turns[-1] = replace(turn, image=None)  # the session keeps it, smaller
         _go_on(session, key)
         if turn.plan is not None:
@@ -241,18 +248,25 @@ class Studio:
 
 
 def _go_on(session: Session, key: str, status: str | None = None) -> None:
-    """Notes the next stage of an entry, unless the visitor has stopped it."""
+    """Notes the next stage of an entry, unless the visitor has stopped it or is gone."""
     with session.lock:
         entry = session.entry(key)
-        if entry is None or entry["status"] in ENDED:
+        if session.closed or entry is None or entry["status"] in ENDED:
             raise _Stopped
         if status:
             session.change(key, status=status)
 
 
+def _take(session: Session, key: str, job: Job) -> None:
+    """Notes the job that an entry waits for, unless the visitor has stopped it just now."""
+    session.take(job)
+    _go_on(session, key)
+
+
 def _pieces(job: Job, session: Session, key: str):
     """A job's pieces while its entry is wanted."""
     try:
+        _take(session, key, job)
         for piece in job:
             _go_on(session, key)
             yield piece
