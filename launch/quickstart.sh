@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Customises a character on this machine: sets up everything, trains, evaluates, and writes a report to open.
-#   ./launch/quickstart.sh                     a character of the mini world
+#   ./launch/quickstart.sh                     a character that ships with the mini model
 #   ./launch/quickstart.sh --data FOLDER       a character folder in the RoleScape-20 layout
 # All options: ./launch/quickstart.sh --help
 set -euo pipefail

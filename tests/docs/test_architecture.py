@@ -40,7 +40,6 @@ def upward(floor: str, source: str, order: list[str]) -> list[str]:
 
 
 BACK = {
-    "app/quickstart.py",
     "evaluation/pictures.py",
     "evaluation/texts.py",
     "scoring/mini.py",

@@ -1,6 +1,6 @@
 """The quickstart: one character, customised on this machine, from what ships with the package.
 
-Steps, each a call into the library that a user could make: find or draw the character; Unified-SFT from the
+Steps, each a call into the library that a user could make: find the character; Unified-SFT from the
 mini base (or from random weights of a preset); a short Character-GRPO; evaluation on held-out questions and
 prompts, the base beside the two stages; a conversation; one report with all of it. A stage that cannot be
 had is left out, and the terminal and the report say why. Started again with the same settings it goes on from
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,13 +38,16 @@ from unichar_jax.config.data import DataConfig
 from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.config.train import SFTConfig
 from unichar_jax.data import rolescape
-from unichar_jax.errors import UserError
+from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.evaluation.results import Results
 from unichar_jax.evaluation.suite import Progress
 from unichar_jax.scoring import mini
 
 TASKS = ("knowledge_mcq", "unseen_image_mcq", "vqa", "reply_likelihood", "dialogue", "t2i", "t2t2i")
 """What the report measures: every ability once."""
+
+CAST = presets.resource_dir("checkpoints") / "mini" / "cast"
+"""Root of the characters that ship, in the layout of RoleScape-20."""
 
 LINES = ("Hello! Who are you?", "What do you like to do?", "Where are you now?")
 """What the report's conversation says to the character; the last one is drawn."""
@@ -54,15 +58,15 @@ class Quickstart:
     """Customises one character on this machine, and writes a report to open in a browser.
 
     Attributes:
-      data: a character folder in the RoleScape-20 layout (``.../train/NAME``); by default a character of the
-        mini world is drawn.
-      character: which character of the mini world.
+      data: a character folder in the RoleScape-20 layout (``.../train/NAME``); by default a character that
+        ships with the mini model.
+      character: which of those.
       base: model to start from; a preset's name that does not ship weights starts from random ones.
       out: folder of everything that is made.
       steps: of Unified-SFT; by default the preset's.
       rounds: of Character-GRPO; by default the preset's; 0 leaves it out.
       seeds: pictures of every held-out prompt, and replies to every held-out line.
-      seed: of the character's pictures, of training and of sampling.
+      seed: of training and of sampling.
     """
 
     data: Path | None = None
@@ -148,7 +152,7 @@ def run(cfg: Quickstart, progress: Callable[[str], Progress] | None = None) -> P
 
 
 def character_folder(cfg: Quickstart) -> Path:
-    """The training folder of the character: the user's, or one drawn now.
+    """The training folder of the character: the user's, or a copy of one that ships.
 
     Raises:
       UserError: the folder is not ``.../train/NAME``, or no character of that name is known.
@@ -161,14 +165,31 @@ def character_folder(cfg: Quickstart) -> Path:
                 " 'unichar data new NAME --images DIR' makes one from pictures."
             )
         return folder
-    from workshop.miniworld.cast import member
-    from workshop.miniworld.write import write_character
+    parts = character_parts(cfg.character)
+    for part in parts:
+        target = cfg.out / "data" / part
+        if not target.is_dir():
+            partial = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(CAST / part, partial, copy_function=shutil.copyfile)
+            partial.replace(target)
+    return cfg.out / "data" / parts[0]
 
-    data = cfg.out / "data"
-    folder = data / "personalized_data" / "train" / cfg.character
-    if not folder.is_dir():
-        write_character(member(cfg.character), data, seed=cfg.seed)
-    return folder
+
+def character_parts(name: str) -> tuple[Path, ...]:
+    """The folders of a character that ships, below the root of the cast: training data first.
+
+    Raises:
+      UserError: no character of that name ships.
+    """
+    train = Path("personalized_data") / "train"
+    names = sorted(p.name for p in (CAST / train).iterdir() if p.is_dir())
+    if name not in names:
+        raise UserError(
+            f"--character {name}: no such character ships{did_you_mean(name, names)}; expected one of"
+            f" {', '.join(names)}."
+        )
+    return train / name, Path("personalized_data") / "test" / name, Path("personalized_t2i") / name
 
 
 def sft_config(cfg: Quickstart, folder: Path) -> SFTConfig:

@@ -7,5 +7,5 @@ Two uses. *Pretraining*: `unnamed.unnamed_sample(seed)` gives endless characters
 Reading order: `world` (attributes and samplers), `draw` (pictures; `pen`, `anatomy`, `creature`,
 `outfit` and `places` under it), `texts` (captions and reading them back), `voices`, `profiles`,
 `dialogue`, `questions`, `cast`, `unnamed`, `write`. Everything is a pure function of its seed, and
-all content was made for this package.
+all content was made for this package. `python -m workshop.miniworld` writes the cast as it ships.
 """

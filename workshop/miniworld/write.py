@@ -193,7 +193,7 @@ class _Writer:
         for index, scene in enumerate(scenes):
             image = str(index)
             picture = draw(self.member.look, scene, self.size)
-            Image.fromarray(picture).save(self.folder / part / f"{image}.png")
+            Image.fromarray(picture).save(self.folder / part / f"{image}.png", optimize=True)
             spoken = dialogue.scene_exchange(self.profile, scene, self.rng, test=test)
             turns = _turns(spoken, image)
             plain.append(turns)
