@@ -36,7 +36,7 @@ from unichar_jax.sampling import flow
 from unichar_jax.training import metrics as metrics_lib
 from unichar_jax.training.grpo import run
 from unichar_jax.training.grpo.rollouts import Rounds, read_prompts
-from unichar_jax.training.sft import Base
+from unichar_jax.training.start import Base
 
 CFG = model_preset("debug")
 # A reward that can be told when to fail.
@@ -190,7 +190,7 @@ def test_a_run_whose_reward_failed_goes_on_as_if_nothing_had_happened(
     def go(name: str) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        for file, content in CFG.to_bagel().items():  # load_base would have furnished it
+        for file, content in CFG.to_bagel().items():  # load_base would have written it
             (folder / file).write_text(json.dumps(content))
         return run.train(dataclasses.replace(experiment, run_dir=str(folder)), quiet=True)
 

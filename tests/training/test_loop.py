@@ -58,7 +58,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def finished(one_device, _tiny_template, tmp_path_factory) -> Path:
-    """A run that validated, drew, traced and rehearsed."""
+    """A run that validated, drew, traced and was read back."""
     run = tmp_path_factory.mktemp("loop") / "run"
     sft.train(
         _config(
@@ -71,7 +71,7 @@ def finished(one_device, _tiny_template, tmp_path_factory) -> Path:
             run=RunOptions(profile=(4, 5)),
         ),
         quiet=True,
-        rehearse=True,
+        verify=True,
     )
     return run
 
@@ -128,14 +128,14 @@ def test_a_checkpoint_that_reads_back_otherwise_is_reported(
         state = restored(self, state)
         calls.append(state)
         if len(calls) == 1:
-            return state  # the start; the second is the rehearsal
+            return state  # the start; the second is the check
         name = next(iter(state.params))
         return dataclasses.replace(state, params=state.params | {name: state.params[name] + 1})
 
     monkeypatch.setattr(loop_lib.Loop, "resume", spoiled)
     cfg = _config(_tiny_template, finished, steps=6, save=SaveConfig(every=3))
     with pytest.raises(UserError, match=r"does not read back .*: 1 of \d+ arrays differ"):
-        sft.train(cfg, quiet=True, rehearse=True)
+        sft.train(cfg, quiet=True, verify=True)
 
 
 def test_tensorboard_is_told_the_same(tmp_path):

@@ -26,7 +26,7 @@ from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel.mesh import make_mesh, put_batch
-from unichar_jax.training import sft
+from unichar_jax.training import sft, start
 from unichar_jax.training import state as state_lib
 from unichar_jax.training import step as step_lib
 from unichar_jax.training.optimizer import make_optimizer
@@ -155,7 +155,7 @@ def test_frozen_weights_lose_nothing_in_the_dtype_of_their_use() -> None:
 def test_what_learns_is_float32_and_the_rest_is_not(trainable: str, learns: str) -> None:
     lora_config = LoraConfig(rank=2) if trainable == "lora" else LoraConfig()
     cfg = SFTConfig(trainable=trainable, lora=lora_config, compute=Compute(dtype="bfloat16"))
-    dtypes = {name: spec.dtype for name, spec in params.named_leaves(sft.declare(cfg, CFG))}
+    dtypes = {name: spec.dtype for name, spec in params.named_leaves(start.declare(cfg, CFG))}
     learning = {name for name, dtype in dtypes.items() if dtype == np.float32}
     assert learning == {name for name in dtypes if re.fullmatch(learns, name)} != set()
     assert {dtypes[name] for name in dtypes.keys() - learning} <= {jnp.dtype(jnp.bfloat16)}
@@ -235,7 +235,7 @@ def test_a_frozen_base_is_kept_and_saved_as_it_is_used(
     root = shutil.copytree(_tiny_template, tmp_path / "data")
     cfg = _experiment(base, root, tmp_path / "run", steps=2, save=SaveConfig(every=1))
     cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype="bfloat16"))
-    before = _stored(runs.resolve(_train(cfg, rehearse=True)))
+    before = _stored(runs.resolve(_train(cfg, verify=True)))
     after = _stored(runs.resolve(_train(dataclasses.replace(cfg, steps=3), devices=2)))
     initial = store.unstack(UnifiedModel(CFG), store.load_model(base, dtype=jnp.bfloat16))
     assert before.keys() == after.keys()

@@ -125,7 +125,7 @@ def run(start: Start[C], train: Callable[..., Path], short: Callable[[C], C], hi
             folder.remove()  # of a smoke run that was interrupted
         distributed.barrier("smoke")
     try:
-        train(experiment, rehearse=start.smoke)
+        train(experiment, verify=start.smoke)
     except Preempted as stopped:
         if leader:
             print(f"{stopped}; the same command goes on from there", file=sys.stderr)

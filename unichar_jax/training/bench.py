@@ -30,7 +30,8 @@ from unichar_jax.training import state as state_lib
 from unichar_jax.training.metrics import USEFUL
 from unichar_jax.training.optimizer import make_optimizer
 from unichar_jax.training.plan import NUM_TASKS, Plan, assumed_capacities
-from unichar_jax.training.sft import declare, jit_step
+from unichar_jax.training.start import declare
+from unichar_jax.training.step import jit_step
 from unichar_jax.training.throughput import device_name, peak_flops
 
 Record = dict[str, Any]

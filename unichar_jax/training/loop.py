@@ -179,7 +179,7 @@ class Loop:
                 raise Preempted(f"SIGTERM: saved step {done} of {self.steps}")
         return state
 
-    def rehearse(self, state: TrainState) -> None:
+    def verify_checkpoint(self, state: TrainState) -> None:
         """Reads the last checkpoint back and compares it with ``state``, bit by bit; uses ``state`` up.
 
         Raises:

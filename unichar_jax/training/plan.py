@@ -27,8 +27,9 @@ from unichar_jax.parallel import program as program_lib
 from unichar_jax.parallel.program import Collective, Flops, Memory
 from unichar_jax.parallel.topology import GIB, Topology
 from unichar_jax.training.optimizer import make_optimizer, state_shardings
-from unichar_jax.training.sft import declare, jit_step
+from unichar_jax.training.start import declare
 from unichar_jax.training.state import TRAINABLE, Layout, TrainState
+from unichar_jax.training.step import jit_step
 from unichar_jax.training.throughput import PASSES
 
 NUM_TASKS = 8  # losses per task in the log; no influence on anything that is reported

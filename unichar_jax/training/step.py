@@ -13,11 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from unichar_jax.config.model import ModelConfig
 from unichar_jax.config.train import SFTConfig
 from unichar_jax.models.streams import Batch
+from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.training import objective
+from unichar_jax.training.metrics import USEFUL
 from unichar_jax.training.state import Arrays, Layout, TrainState
+from unichar_jax.training.throughput import useful_flops
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -120,3 +125,24 @@ def make_sft_step(
         return new, metrics
 
     return step
+
+
+def jit_step(
+    cfg: SFTConfig,
+    model: ModelConfig,
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    num_tasks: int,
+    state: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """The compiled step of a run: ``make_sft_step`` plus the useful work of its batch, shardings pinned."""
+    bare = make_sft_step(layout, optimizer, cfg, model.autoencoder, num_tasks)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = bare(state, batch)
+        useful = useful_flops(model, batch, cfg.trainable)
+        return state, metrics if useful is None else metrics | {USEFUL: useful}
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))

@@ -1,6 +1,6 @@
 """Stage 2, Character-GRPO: from a configuration to a finished run.
 
-The base is read as in stage 1 (``training.sft``), the loop, the checkpoints and the mesh are the same; what
+The base is read as in stage 1 (``training.start``), the loop, the checkpoints and the mesh are the same; what
 is new is the ``Trainer`` as the loop's step and rounds of prompts as its data. ``run_dir`` gets
 ``metrics.jsonl`` (one line a round), ``held_out.jsonl`` (one line an evaluation), ``pictures/`` and
 ``checkpoints/``.
@@ -38,7 +38,7 @@ from unichar_jax.training.grpo.watch import HackingWatch
 from unichar_jax.training.loop import Hook, Loop
 from unichar_jax.training.metrics import MetricsLog
 from unichar_jax.training.optimizer import make_optimizer
-from unichar_jax.training.sft import Base, load_base, profile_window, save_adapters, with_adapters
+from unichar_jax.training.start import Base, load_base, profile_window, save_adapters, with_adapters
 from unichar_jax.training.state import Layout, TrainState
 from unichar_jax.training.validation import save_picture
 from unichar_jax.training.writers import make_writers
@@ -134,7 +134,7 @@ def train(
     hooks: Sequence[tuple[int, Hook]] = (),
     observe: Observer | None = None,
     quiet: bool = False,
-    rehearse: bool = False,
+    verify: bool = False,
 ) -> Path:
     """Runs Character-GRPO to its last round, resuming if ``run_dir`` holds a checkpoint; returns the run's
     directory.
@@ -144,7 +144,7 @@ def train(
       hooks: called after rounds that their interval divides.
       observe: called after each evaluation of held-out prompts.
       quiet: say nothing on the terminal.
-      rehearse: at the end, read the checkpoint back and compare it bit by bit.
+      verify: at the end, read the checkpoint back and compare it bit by bit.
 
     Raises:
       UserError: a mistake in the configuration or the data, a reward that failed (what was learned before is
@@ -204,8 +204,8 @@ def train(
             ) from error
         if cfg.trainable == "lora":
             say(f"the adapters alone: {save_adapters(cfg, run, state)}")
-        if rehearse:
-            loop.rehearse(state)
+        if verify:
+            loop.verify_checkpoint(state)
             say(f"round {cfg.rounds} was saved and read back bit by bit")
     return run_dir
 
