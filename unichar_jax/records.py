@@ -98,6 +98,11 @@ class Findings:
     def failed(self) -> bool:
         return any(f.severity == "error" for f in self.all)
 
+    def refuse(self) -> None:
+        """Raises one ``UserError`` with every error found, if there is one."""
+        if self.failed:
+            raise UserError("\n".join(f"{f}." for f in self._all if f.severity == "error"))
+
 
 def printable(text: str) -> str:
     """The text with everything escaped that a terminal would obey or could not encode."""
@@ -177,26 +182,66 @@ class Record:
         if value is None or isinstance(value, str) or field.partition("[")[0] in LITERAL:
             return value
         parts = value if isinstance(value, list) else [value]
-        if not all(isinstance(p, str) or (isinstance(p, int | float) and math.isfinite(p)) for p in parts):
+        if not all(isinstance(p, str | int) or (isinstance(p, float) and math.isfinite(p)) for p in parts):
             return value
         text = "\n".join(p if isinstance(p, str) else json.dumps(p) for p in parts)
         self.note(field, "a string", _kind(value), f"read as {shown(text)}")
         return text
 
-    def number(self, field: str, default: float, low: float, high: float) -> float:
-        """A finite number within ``[low, high]``."""
+    def number(self, field: str, default: float | None, low: float, high: float) -> float:
+        """A finite number within ``[low, high]``; without a default it must be there."""
         value = self.data.get(field, default)
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or not low <= value <= high:
-            self.error(field, f"a number from {low:g} to {high:g}", shown(value), "correct it")
-            return default
+        if not good or not low <= value <= high:
+            self._wrong(field, f"a number from {low:g} to {high:g}", value)
+            return low if default is None else default
         return float(value)
 
-    def flag(self, field: str) -> bool:
-        value = self.data.get(field, False)
+    def whole(self, field: str, default: int | None = None, low: int = 1, high: int = 2**24) -> int:
+        """A whole number within ``[low, high]``; without a default it must be there."""
+        value = self.data.get(field, default)
+        if type(value) is not int or not low <= value <= high:
+            self._wrong(field, f"a whole number from {low} to {high}", value)
+            return low if default is None else default
+        return value
+
+    def choice(self, field: str, *options: Any) -> Any:
+        """One of some values; the first where the field is absent."""
+        value = self.data.get(field, options[0])
+        if not any(type(value) is type(option) and value == option for option in options):
+            self._wrong(field, " or ".join(map(repr, options)), value)
+            return options[0]
+        return value
+
+    def _wrong(self, field: str, expected: str, value: object) -> None:
+        if self.ok:
+            got = "nothing" if value is None and field not in self.data else shown(value)
+            self.error(field, expected, got, "correct it")
+
+    def inner(self, field: str) -> Record | None:
+        """The object in a field; ``None`` where it is absent or null."""
+        value = self.data.get(field)
+        if value is None:
+            return None
+        return Record(self.found, self.file, f"{self.place}.{field}" if self.place else field, value)
+
+    def wholes(self, field: str, low: int, high: int) -> tuple[int, ...]:
+        """A list of whole numbers within ``[low, high]``, at least one."""
+        value = self.data.get(field)
+        if (
+            not isinstance(value, list)
+            or not value
+            or any(type(v) is not int or not low <= v <= high for v in value)
+        ):
+            self._wrong(field, f"a list of whole numbers from {low} to {high}", value)
+            return (low,)
+        return tuple(value)
+
+    def flag(self, field: str, default: bool = False) -> bool:
+        value = self.data.get(field, default)
         if not isinstance(value, bool):
             self.error(field, "true or false", _kind(value), "correct it")
-            return False
+            return default
         return value
 
     def _list(self, field: str, required: bool) -> list[Any]:
@@ -305,3 +350,42 @@ def parse(found: Findings, name: str, place: str, text: str) -> tuple[bool, Any]
     for key in dict.fromkeys(repeated):
         found.error(name, place, shown(key), "each key once", "the same key again", "keep one")
     return True, value
+
+
+def impostor(head: bytes) -> tuple[str, str] | None:
+    """What lies in the place of a downloaded file that begins with ``head``, and the remedy; mostly ``None``."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:200].lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git-LFS pointer", "fetch the file itself with: git lfs pull"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page", "download the file itself; the page may say why it was not given"
+    return None
+
+
+def read_settings(found: Findings, path: Path, absent: str = "") -> Record:
+    """The object in a file of settings, such as a model's; one without fields if there is none (then it is logged).
+
+    Args:
+      found: where faults go.
+      path: the file.
+      absent: what to do where there is no such file; without it, the file may be absent.
+    """
+    name = str(path)
+    nothing = Record(found, name, "", {})
+    nothing.ok = False
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        if absent:
+            found.error(name, "", "", "a file of settings", "file not found", absent)
+        return nothing
+    except OSError as error:
+        got = error.strerror or "an error of the system"
+        found.error(name, "", "", "a file that can be read", got, "change its permissions or its name")
+        return nothing
+    if (other := impostor(raw[:1024])) is not None:
+        found.error(name, "", "", "JSON", *other)
+        return nothing
+    text = decode(found, name, raw)
+    good, value = (False, None) if text is None else parse(found, name, "", text)
+    return Record(found, name, "", value) if good else nothing

@@ -8,7 +8,6 @@ file fits exactly or is one error with everything that is wrong. Nothing here do
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from unichar_jax.errors import UserError
 from unichar_jax.models.encoders.clip import Clip, ClipConfig
 from unichar_jax.models.encoders.dinov2 import Dinov2, Dinov2Config
 from unichar_jax.models.encoders.lpips import Lpips, LpipsConfig
+from unichar_jax.records import Findings, Record, read_settings, shown
 
 M = TypeVar("M")
 Rules = list[tuple[str, str]]
@@ -137,19 +137,14 @@ def load_lpips(path: str | Path, cfg: LpipsConfig | None = None, dtype: Any = jn
     return _load(path, Lpips(cfg), lpips_table(cfg), _LPIPS_WITHOUT_WEIGHTS, dtype)
 
 
-def _config(folder: Path, model_type: str) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: file not found. Expected a folder as the Hugging Face Hub has it, with config.json and"
-            " model.safetensors."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
-    if config.get("model_type") != model_type:
-        raise UserError(f"{path}: expected model_type '{model_type}', got {config.get('model_type')!r}.")
+def _config(folder: Path, model_type: str) -> Record:
+    absent = "expected a folder as the Hugging Face Hub has it, with config.json and model.safetensors"
+    found = Findings()
+    config = read_settings(found, folder / "config.json", absent)
+    if config.ok and config.data.get("model_type") != model_type:
+        got = shown(config.data.get("model_type"))
+        config.error("", f"model_type '{model_type}'", got, "name another folder")
+    found.refuse()
     return config
 
 

@@ -19,11 +19,12 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
+from unichar_jax import records
 from unichar_jax.checkpoint.arrays import materialize
 from unichar_jax.errors import UserError
 
@@ -46,6 +47,7 @@ _DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_DIMENSIONS, _MAX_SIZE = 32, 2**48  # what numpy can address
 
 
 @dataclass(frozen=True)
@@ -83,40 +85,65 @@ class TensorFile:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: not a complete safetensors file: {what}. Download or export it again.")
+    return UserError(
+        f"{path}: not a complete safetensors file: {records.printable(what)}. Download or export it again."
+    )
 
 
 def open_file(path: str | Path) -> TensorFile:
     """Maps a file and checks its header.
 
     Raises:
-      UserError: the file is absent, truncated, or its header does not describe its bytes.
+      UserError: the file is absent, truncated, something else (a Git-LFS pointer, a web page), or its header
+        does not describe its bytes.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: file not found.")
     size = path.stat().st_size
     with path.open("rb") as f:
+        if (other := records.impostor(f.read(1024))) is not None:
+            raise UserError("{}: this is {}, not the weights; {}.".format(path, *other))
+        f.seek(0)
         head = f.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
             raise _damaged(path, f"its header asks for {length} bytes, the file has {size}")
-        try:
-            header = json.loads(f.read(length))
-            metadata = header.pop("__metadata__", {})
-            tensors = {n: _info(path, n, h, 8 + length) for n, h in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, f"its header cannot be read ({error})") from None
+        header = _parse(path, f.read(length))
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise _damaged(path, "the metadata in its header are not texts by name")
+        tensors = {n: _info(path, n, h, 8 + length) for n, h in header.items()}
         _check_ranges(path, tensors.values(), header, 8 + length, size)
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     return TensorFile(path, tensors, metadata, mapped)
 
 
-def _info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
-    dtype = _DTYPES.get(entry["dtype"])
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    found = records.Findings()
+    text = records.decode(found, "header", raw)
+    header = None if text is None else records.parse(found, "header", "", text)[1]
+    record = records.Record(found, "header", "", header)
+    if found.failed:
+        raise _damaged(path, f"its header cannot be read ({found.all[0]})")
+    return record.data
+
+
+def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype = _DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
-        raise ValueError(f"tensor '{name}' has the unknown dtype {entry['dtype']}")
-    return TensorInfo(name, tuple(entry["shape"]), dtype, base + entry["data_offsets"][0], path)
+        raise _damaged(path, f"tensor '{name}' has the unknown dtype {records.shown(kind)} in its header")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise _damaged(path, f"tensor '{name}' has no shape but {records.shown(shape)} in its header")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"tensor '{name}' has no byte range but {records.shown(offsets)} in its header")
+    return TensorInfo(name, tuple(shape), dtype, base + offsets[0], path)
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < _MAX_SIZE for n in value)
 
 
 def _check_ranges(

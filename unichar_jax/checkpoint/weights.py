@@ -10,8 +10,8 @@ one error. Nothing here writes (``writing.py`` does).
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from unichar_jax.checkpoint import table
 from unichar_jax.checkpoint.safetensors_io import TensorFile, open_file
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
+from unichar_jax.records import Findings, read_settings, shown
 
 MODEL, AUTOENCODER = "model", "autoencoder"
 STEP_ITEM = "weights"  # the item of a training step that holds the model
@@ -131,10 +132,7 @@ def model_files(folder: Path) -> list[Path]:
             return [folder / name]
     index = folder / INDEX_FILE
     if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: not a safetensors index ({error!r}).") from None
+        shards = _shards_of(index)
         absent = [s for s in shards if not (folder / s).is_file()]
         if absent:
             raise UserError(
@@ -145,6 +143,24 @@ def model_files(folder: Path) -> list[Path]:
     raise UserError(
         f"{folder}: no weights; expected {' or '.join(SINGLE_FILES)}, or {INDEX_FILE} with its shards."
     )
+
+
+def _shards_of(index: Path) -> list[str]:
+    """The files that an index names, which must be beside it."""
+    found = Findings()
+    record = read_settings(found, index)
+    names = record.inner("weight_map")
+    if record.ok and (names is None or (names.ok and not names.data)):
+        record.error("weight_map", "the file of every tensor", "nothing", "download the index again")
+    files = {} if names is None else names.data
+    for tensor, file in files.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", file):
+            record.error(
+                shown(tensor), "a .safetensors file in this folder", shown(file), "correct the index"
+            )
+            break  # one of what may be thousands
+    found.refuse()
+    return sorted(set(files.values()))
 
 
 class TorchTensors:

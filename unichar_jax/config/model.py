@@ -12,12 +12,16 @@ Sources: BAGEL (arXiv 2505.14683) and UniCharacter (arXiv 2605.08129).
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.records import Findings, Record, read_settings, shown
+
+LLM_FILE, VIT_FILE, EXTRA_FILE = "llm_config.json", "vit_config.json", "extra_config.json"
+_ABSENT = f"copy {LLM_FILE} and {VIT_FILE} of the download beside the weights"
 
 
 def _require(condition: bool, message: str) -> None:
@@ -161,60 +165,52 @@ class ModelConfig:
         Raises:
           UserError: a file is absent, is not JSON, or asks for something this model does not have.
         """
-        folder = Path(folder)
-        llm, vit = _read_json(folder / "llm_config.json"), _read_json(folder / "vit_config.json")
-        extra_path = folder / "extra_config.json"
-        extra = _read_json(extra_path) if extra_path.exists() else {}
-        _refuse_unsupported(folder / "llm_config.json", llm)
-        decoder = DecoderConfig(
-            hidden_size=llm["hidden_size"],
-            mlp_size=llm["intermediate_size"],
-            num_layers=llm["num_hidden_layers"],
-            num_heads=llm["num_attention_heads"],
-            num_kv_heads=llm["num_key_value_heads"],
-            vocab_size=llm["vocab_size"],
-            rope_theta=float(llm.get("rope_theta", 1e6)),
-            norm_eps=llm.get("rms_norm_eps", 1e-6),
-            qk_norm=llm.get("qk_norm", True) is not False,
+        folder, found = Path(folder), Findings()
+        llm = read_settings(found, folder / LLM_FILE, _ABSENT)
+        vit = read_settings(found, folder / VIT_FILE, _ABSENT)
+        extra = read_settings(found, folder / EXTRA_FILE)
+        _refuse_other_mathematics(llm, vit, (extra, read_settings(found, folder / "config.json")))
+        decoder = dict(
+            hidden_size=llm.whole("hidden_size"),
+            mlp_size=llm.whole("intermediate_size"),
+            num_layers=llm.whole("num_hidden_layers"),
+            num_heads=llm.whole("num_attention_heads"),
+            num_kv_heads=llm.whole("num_key_value_heads"),
+            vocab_size=llm.whole("vocab_size"),
+            rope_theta=_rope_theta(llm),
+            norm_eps=llm.number("rms_norm_eps", 1e-6, 0, 1),
+            qk_norm=llm.flag("qk_norm", True),
         )
-        vision = VisionConfig(
-            hidden_size=vit["hidden_size"],
-            mlp_size=vit["intermediate_size"],
+        vision = dict(
+            hidden_size=vit.whole("hidden_size"),
+            mlp_size=vit.whole("intermediate_size"),
             # BAGEL selects the tower's last-but-one layer, so the last one of the file is never built.
-            num_layers=vit["num_hidden_layers"] - 1,
-            num_heads=vit["num_attention_heads"],
-            patch_size=vit["patch_size"],
-            num_channels=vit.get("num_channels", 3),
-            max_patches_per_side=extra.get("vit_max_num_patch_per_side", 70),
-            norm_eps=vit.get("layer_norm_eps", 1e-6),
+            num_layers=vit.whole("num_hidden_layers", low=2) - 1,
+            num_heads=vit.whole("num_attention_heads"),
+            patch_size=vit.whole("patch_size"),
+            num_channels=vit.whole("num_channels", 3),
+            max_patches_per_side=extra.whole("vit_max_num_patch_per_side", 70),
+            norm_eps=vit.number("layer_norm_eps", 1e-6, 0, 1),
         )
-        ae = AutoencoderConfig()
-        if "vae" in extra:
-            v = extra["vae"]
-            ae = AutoencoderConfig(
-                in_channels=v["in_channels"],
-                channels=v["ch"],
-                multipliers=tuple(v["ch_mult"]),
-                num_res_blocks=v["num_res_blocks"],
-                latent_channels=v["z_channels"],
-                scale=v["scale_factor"],
-                shift=v["shift_factor"],
-                norm_groups=v.get("norm_groups", 32),
-            )
-        tokens = SpecialTokens()
-        if "special_tokens" in extra:
-            s = extra["special_tokens"]
-            tokens = SpecialTokens(
-                s["bos_token_id"], s["eos_token_id"], s["start_of_image"], s["end_of_image"]
-            )
-        return cls(
-            decoder,
-            vision,
-            ae,
-            tokens,
-            latent_patch_size=extra.get("latent_patch_size", 2),
-            max_latent_size=extra.get("max_latent_size", 64),
+        if decoder["hidden_size"] % decoder["num_heads"] == 0:
+            llm.choice("head_dim", decoder["hidden_size"] // decoder["num_heads"])
+        autoencoder = _autoencoder(extra.inner("vae"))
+        tokens = _special_tokens(extra.inner("special_tokens"))
+        sizes = dict(
+            latent_patch_size=extra.whole("latent_patch_size", 2),
+            max_latent_size=extra.whole("max_latent_size", 64),
         )
+        found.refuse()
+        try:
+            return cls(
+                DecoderConfig(**decoder),
+                VisionConfig(**vision),
+                AutoencoderConfig(**autoencoder),
+                tokens,
+                **sizes,
+            )
+        except UserError as error:  # sizes that do not go together
+            raise UserError(f"{folder}: {error}") from None
 
     def to_bagel(self) -> dict[str, dict[str, Any]]:
         """The three JSON files that ``from_bagel`` reads, as ``{file name: content}``."""
@@ -274,7 +270,7 @@ class ModelConfig:
                 end_of_image=s.image_end,
             ),
         )
-        return {"llm_config.json": llm, "vit_config.json": vit, "extra_config.json": extra}
+        return {LLM_FILE: llm, VIT_FILE: vit, EXTRA_FILE: extra}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -293,42 +289,72 @@ class ModelConfig:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: file not found. A BAGEL directory needs llm_config.json and vit_config.json beside its"
-            " weights; copy them from the download."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
+def _autoencoder(vae: Record | None) -> dict[str, Any]:
+    if vae is None:
+        return {}
+    multipliers = vae.wholes("ch_mult", 1, 1024)
+    in_channels = vae.whole("in_channels")
+    vae.choice("out_ch", in_channels)
+    vae.choice("downsample", 2 ** (len(multipliers) - 1))
+    return dict(
+        in_channels=in_channels,
+        channels=vae.whole("ch"),
+        multipliers=multipliers,
+        num_res_blocks=vae.whole("num_res_blocks"),
+        latent_channels=vae.whole("z_channels"),
+        scale=vae.number("scale_factor", None, 1e-6, 1e6),
+        shift=vae.number("shift_factor", None, -1e6, 1e6),
+        norm_groups=vae.whole("norm_groups", 32),
+    )
 
 
-def _refuse_unsupported(path: Path, llm: dict[str, Any]) -> None:
-    """Settings that would silently change the mathematics are errors, all listed together."""
-    scaling = llm.get("rope_scaling")
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-    problems = []
-    if kind != "default":
-        problems.append(f"rope_scaling: expected none, got {scaling}")
-    if llm.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act: expected silu, got {llm['hidden_act']}")
-    missing = [
-        k
-        for k in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "vocab_size",
+def _special_tokens(ids: Record | None) -> SpecialTokens:
+    if ids is None:
+        return SpecialTokens()
+    names = ("bos_token_id", "eos_token_id", "start_of_image", "end_of_image")
+    return SpecialTokens(*(ids.whole(name, low=0) for name in names))
+
+
+def _rope_theta(llm: Record) -> float:
+    """The base of the rotary frequencies, under its name of either generation of transformers.
+
+    There is no default: that of transformers (10,000) is not that of BAGEL (1,000,000).
+    """
+    new = llm.data.get("rope_parameters")
+    if not isinstance(new, dict) or "rope_theta" not in new:
+        return llm.number("rope_theta", None, 1, 1e12)
+    theta = Record(llm.found, llm.file, "rope_parameters", new).number("rope_theta", None, 1, 1e12)
+    if llm.number("rope_theta", theta, 1, 1e12) != theta:
+        llm.error(
+            "rope_theta", f"{theta}, as rope_parameters says", shown(llm.data["rope_theta"]), "correct one"
         )
-        if k not in llm
-    ]
-    problems += [f"{k}: missing" for k in missing]
-    if problems:
-        raise UserError(f"{path}: cannot be loaded:\n  " + "\n  ".join(problems))
+    return theta
+
+
+def _refuse_other_mathematics(llm: Record, vit: Record, others: Sequence[Record]) -> None:
+    """Settings that would silently change what is computed are errors."""
+    kind = llm.data.get("model_type", "qwen2")
+    if not isinstance(kind, str) or not kind.startswith(("qwen2", "bagel")):
+        llm.error("model_type", "'qwen2'", shown(kind), "only BAGEL's decoder, a Qwen2, is supported")
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = llm.inner(name)
+        if rope is not None and rope.ok:
+            plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "rope_theta": ...}
+            odd = {k: v for k, v in rope.data.items() if v is not None and plain.get(k) not in (v, ...)}
+            if odd:
+                llm.error(
+                    name, "none, or the default type", shown(odd), "only plain rotary positions are supported"
+                )
+    llm.choice("hidden_act", "silu")
+    llm.choice("use_sliding_window", False)
+    llm.flag("tie_word_embeddings")
+    layers = llm.data.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or any(x != "full_attention" for x in layers)):
+        llm.error("layer_types", "'full_attention' alone", shown(layers), "windows are not supported")
+    vit.choice("hidden_act", "gelu_pytorch_tanh")
+    for record in others:
+        record.choice("connector_act", "gelu_pytorch_tanh")
+        record.choice("interpolate_pos", False)
 
 
 _DEBUG = ModelConfig(

@@ -9,7 +9,6 @@ Source: CLIP (arXiv 2103.00020), in the shape of the Hub's ``openai/clip-vit-lar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from unichar_jax.models import params
 from unichar_jax.models.encoders import transformer
 from unichar_jax.models.encoders.transformer import PatchEmbedding, TransformerConfig, unit
 from unichar_jax.models.layers import Dense, Embedding, LayerNorm
+from unichar_jax.records import Record
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,37 @@ class ClipConfig:
     patch_size: int = 14
 
     @classmethod
-    def from_hub(cls, config: dict[str, Any]) -> ClipConfig:
+    def from_hub(cls, config: Record) -> ClipConfig:
         """From the Hub's ``config.json``; what a file leaves out has the library's defaults."""
-        text, vision = config.get("text_config", {}), config.get("vision_config", {})
-        vocab = text.get("vocab_size", 49408)
+        text, vision = (config.inner(n) or Record(config.found, config.file, n, {}) for n in _TOWERS)
+        vocab = text.whole("vocab_size", 49408)
         # OpenAI's files say 2, which is wrong: the library then takes the largest id, which ends every text.
-        end = text.get("eos_token_id", 49407)
-        return cls(
-            _tower(text, (512, 2048, 12, 8)),
-            _tower(vision, (768, 3072, 12, 12)),
-            projection_dim=config.get("projection_dim", 512),
+        end = text.whole("eos_token_id", 49407, low=0)
+        sizes = dict(
+            projection_dim=config.whole("projection_dim", 512),
             vocab_size=vocab,
-            max_length=text.get("max_position_embeddings", 77),
+            max_length=text.whole("max_position_embeddings", 77),
             end_of_text=vocab - 1 if end == 2 else end,
-            image_size=vision.get("image_size", 224),
-            patch_size=vision.get("patch_size", 32),
+            image_size=vision.whole("image_size", 224),
+            patch_size=vision.whole("patch_size", 32),
         )
+        towers = _tower(text, (512, 2048, 12, 8)), _tower(vision, (768, 3072, 12, 12))
+        config.found.refuse()
+        return cls(*(TransformerConfig(*tower) for tower in towers), **sizes)
 
 
-def _tower(config: dict[str, Any], defaults: tuple[int, int, int, int]) -> TransformerConfig:
+_TOWERS = ("text_config", "vision_config")
+
+
+def _tower(config: Record, defaults: tuple[int, int, int, int]) -> tuple[int, int, int, int, float, str]:
     hidden, inner, layers, heads = defaults
-    return TransformerConfig(
-        config.get("hidden_size", hidden),
-        config.get("intermediate_size", inner),
-        config.get("num_hidden_layers", layers),
-        config.get("num_attention_heads", heads),
-        config.get("layer_norm_eps", 1e-5),
-        config.get("hidden_act", "quick_gelu"),
+    return (
+        config.whole("hidden_size", hidden),
+        config.whole("intermediate_size", inner),
+        config.whole("num_hidden_layers", layers),
+        config.whole("num_attention_heads", heads),
+        config.number("layer_norm_eps", 1e-5, 0, 1),
+        config.choice("hidden_act", "quick_gelu", "gelu"),
     )
 
 

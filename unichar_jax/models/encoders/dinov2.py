@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from unichar_jax.errors import UserError
 from unichar_jax.models import params
 from unichar_jax.models.encoders import transformer
 from unichar_jax.models.encoders.transformer import PatchEmbedding, TransformerConfig
 from unichar_jax.models.layers import LayerNorm
+from unichar_jax.records import Record
 
 
 @dataclass(frozen=True)
@@ -35,27 +34,27 @@ class Dinov2Config:
     patch_size: int = 14
 
     @classmethod
-    def from_hub(cls, config: dict[str, Any]) -> Dinov2Config:
+    def from_hub(cls, config: Record) -> Dinov2Config:
         """From the Hub's ``config.json``; what a file leaves out has the library's defaults."""
-        if config.get("use_swiglu_ffn", False):
-            raise UserError(
-                "DINOv2: use_swiglu_ffn is not supported (only the giant size has it); use dinov2-small,"
-                " dinov2-base or dinov2-large."
+        if config.flag("use_swiglu_ffn"):
+            config.error(
+                "use_swiglu_ffn",
+                "False",
+                "True",
+                "use dinov2-small, dinov2-base or dinov2-large (giant alone has it)",
             )
-        hidden = config.get("hidden_size", 768)
-        return cls(
-            TransformerConfig(
-                hidden,
-                int(hidden * config.get("mlp_ratio", 4)),
-                config.get("num_hidden_layers", 12),
-                config.get("num_attention_heads", 12),
-                config.get("layer_norm_eps", 1e-6),
-                config.get("hidden_act", "gelu"),
-                layer_scale=True,
-            ),
-            config.get("image_size", 224),
-            config.get("patch_size", 16),
+        hidden = config.whole("hidden_size", 768)
+        sizes = dict(
+            hidden_size=hidden,
+            mlp_size=int(hidden * config.number("mlp_ratio", 4, 0.01, 64)),
+            num_layers=config.whole("num_hidden_layers", 12),
+            num_heads=config.whole("num_attention_heads", 12),
+            norm_eps=config.number("layer_norm_eps", 1e-6, 0, 1),
+            activation=config.choice("hidden_act", "gelu", "quick_gelu"),
         )
+        image_size, patch_size = config.whole("image_size", 224), config.whole("patch_size", 16)
+        config.found.refuse()
+        return cls(TransformerConfig(**sizes, layer_scale=True), image_size, patch_size)
 
 
 class Dinov2(nnx.Module):
