@@ -5,7 +5,7 @@
 
 The one-at-a-time scheme is the reference's, with the same modules: every picture, guidance branch and step
 is a forward pass of its own, and every (picture, step) a backward pass of its own. Both schemes are compiled
-before the clock starts. The projection multiplies formula FLOPs (``training/grpo/cost.py``) by rounds and
+before the clock starts. The projection multiplies formula FLOPs (``plan/grpo.py``) by rounds and
 divides by a peak and a share of it; it is an estimate, and prints what it assumes.
 """
 
@@ -27,11 +27,11 @@ from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import LoraConfig
 from unichar_jax.models import params
 from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.plan.grpo import round_cost
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow
 from unichar_jax.sampling.flow import Contexts
 from unichar_jax.training import state as state_lib
-from unichar_jax.training.grpo.cost import round_cost
 from unichar_jax.training.grpo.rollouts import picture_keys, read_prompts
 from unichar_jax.training.grpo.trainer import make_algorithm
 from unichar_jax.training.grpo.update import Share, gradients_of

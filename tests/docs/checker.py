@@ -35,7 +35,7 @@ from unichar_jax.config import presets
 from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.config.train import SFTConfig
 from unichar_jax.errors import UserError
-from unichar_jax.parallel.topology import Topology
+from unichar_jax.plan.topology import Topology
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

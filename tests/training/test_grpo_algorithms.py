@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 
 from unichar_jax.config.grpo import FlowGRPOConfig, GRPOConfig, NFTConfig, RolloutConfig
-from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import LoraConfig
-from unichar_jax.errors import UserError
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow, schedule
 from unichar_jax.training.grpo import rollouts
 from unichar_jax.training.grpo.algorithm import Policies
-from unichar_jax.training.grpo.cost import round_cost
 from unichar_jax.training.grpo.flow_grpo import FlowGRPO, Item
 from unichar_jax.training.grpo.nft import NFT
 from unichar_jax.training.grpo.nft import Item as CleanItem
@@ -196,18 +193,6 @@ def test_members_of_a_group_take_turns_in_guidance(monkeypatch, scales):
     np.testing.assert_allclose(final, noise + 100 * turns[:, None, None], rtol=1e-6)
     rows = np.repeat(np.arange(prompts), group // len(scales or (1.0,))).tolist()
     assert seen == [(scale, rows) for scale in scales or (1.0,)]
-
-
-def test_turns_in_guidance_cost_what_they_draw():
-    """Half of the members have two branches: half as much again, and as much to learn."""
-    model = model_preset("debug")
-    plain = GRPOConfig(group=4, prompts_per_round=2, rollout=RolloutConfig(height=32, width=32))
-    turns = dataclasses.replace(plain, nft=NFTConfig(scales=(1.0, 4.0)))
-    one, other = round_cost(plain, model), round_cost(turns, model)
-    assert other.draw == 1.5 * one.draw
-    assert other.learn == one.learn
-    with pytest.raises(UserError, match=r"group 4 is not a multiple of the 3 nft\.scales"):
-        dataclasses.replace(plain, nft=NFTConfig(scales=(1.0, 2.0, 4.0)))
 
 
 def test_copies_of_a_picture_have_times_of_their_own():

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.batches import random_batch
 from unichar_jax.checkpoint import remote, runs
 from unichar_jax.checkpoint.remote import RunFolder
 from unichar_jax.config import presets
@@ -30,9 +29,8 @@ from unichar_jax.config.train import RunOptions, SaveConfig, SFTConfig
 from unichar_jax.data.tokenizer import load_tokenizer
 from unichar_jax.errors import UserError
 from unichar_jax.models import flops
-from unichar_jax.models.streams import TokenMeta, visible
 from unichar_jax.training import loop as loop_lib
-from unichar_jax.training import metrics, sft, throughput, validation
+from unichar_jax.training import metrics, sft, validation
 from unichar_jax.training.metrics import MetricsLog, read
 from unichar_jax.training.writers import make_writers
 
@@ -258,48 +256,6 @@ def test_every_line_has_the_time_of_its_own_step(tmp_path, monkeypatch):
     assert [r["loss"] for r in read(log.path)] == list(range(7))
     lines = read(tmp_path / "speed.jsonl")
     assert [(r["step"], r["seconds_per_step"]) for r in lines] == [(n, 3) for n in range(2, 8)]
-
-
-# -- useful work --------------------------------------------------------------------------------------------
-
-
-def _work(batch) -> flops.Work:
-    return flops.Work(*jax.jit(lambda b: dataclasses.astuple(throughput.work_of(b)))(batch))
-
-
-def test_useful_work_is_what_the_mask_shows():
-    batch = random_batch(model_preset("debug"), rows=3)
-    work = _work(batch)
-    metas = (batch.text.meta, batch.vit.meta, batch.latent.meta)
-    whole = TokenMeta.concatenate(*metas)
-    assert [work.text, work.vit, work.latent] == [int((m.segment != 0).sum()) for m in metas]
-    assert work.pairs == int(visible(whole, whole).sum())
-    vit = jax.tree.map(np.asarray, batch.vit.meta)
-    images = np.stack([vit.segment, vit.block], -1)[vit.segment != 0]
-    rows = np.nonzero(vit.segment)[0]
-    _, sizes = np.unique(np.c_[rows, images], axis=0, return_counts=True)
-    assert work.vit_pairs == (sizes**2).sum()
-    assert work.labelled == int((np.asarray(batch.text.weight) > 0).sum())
-
-
-def test_work_in_chunks_is_work_at_once(monkeypatch):
-    batch = random_batch(model_preset("debug"), rows=2)
-    whole = _work(batch)
-    monkeypatch.setattr(throughput, "_CHUNK", 7)
-    assert _work(batch) == whole
-
-
-def test_the_peak_is_that_of_the_kind(monkeypatch):
-    @dataclasses.dataclass
-    class Device:
-        device_kind: str
-
-    for kind, peak in (("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("NVIDIA H200", 989e12), ("cpu", None)):
-        monkeypatch.setattr(throughput.jax, "devices", lambda kind=kind: [Device(kind)])
-        monkeypatch.setattr(throughput.jax, "device_count", lambda: 4)
-        throughput.peak_flops.cache_clear()
-        assert throughput.peak_flops() == (None if peak is None else 4 * peak)
-    throughput.peak_flops.cache_clear()
 
 
 def test_every_held_out_reply_is_packed_once(finished, tiny_root):

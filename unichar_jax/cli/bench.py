@@ -37,9 +37,9 @@ def bench(args: list[str]) -> int:
     from unichar_jax.cli.plan import sizes
     from unichar_jax.cli.train import parse
     from unichar_jax.config.train import SFTConfig
-    from unichar_jax.parallel.topology import Topology
-    from unichar_jax.training import bench as bench_lib
-    from unichar_jax.training import plan as plan_lib
+    from unichar_jax.plan import bench as bench_lib
+    from unichar_jax.plan import sft as plan_lib
+    from unichar_jax.plan.topology import Topology
 
     cfg = parse(SFTConfig, rest, "unichar bench CONFIG", "sft")
     topology = Topology.parse(own.topology) if own.topology else None

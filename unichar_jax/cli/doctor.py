@@ -236,7 +236,7 @@ def room(cfg: SFTConfig) -> Iterator[Finding]:
     from unichar_jax.cli.plan import sizes
     from unichar_jax.models import params
     from unichar_jax.parallel import mesh as mesh_lib
-    from unichar_jax.training.plan import abstract_run
+    from unichar_jax.plan.sft import abstract_run
 
     said: list[str] = []
     model = sizes(cfg.base, said.append)

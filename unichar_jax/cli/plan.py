@@ -34,8 +34,8 @@ def plan(args: list[str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run, and no accelerator is to be taken
     from unichar_jax.cli.train import parse
     from unichar_jax.config.train import SFTConfig
-    from unichar_jax.parallel.topology import Topology
-    from unichar_jax.training.plan import make_plan, report
+    from unichar_jax.plan.sft import make_plan, report
+    from unichar_jax.plan.topology import Topology
 
     cfg = parse(SFTConfig, rest, "unichar plan CONFIG", "sft")
     topology = Topology.parse(own.topology)

@@ -4,14 +4,22 @@ One multiply and add count two. Only matrix products are counted (norms, activat
 percent at real sizes), each token pays for one expert, and a layer is counted as often as it runs: the
 compiler's own figure counts the body of a scan once. The backward pass costs twice the forward pass. "Useful"
 work leaves out recomputation and whatever an attention mask hides; ``plan`` and benchmarks compare what is
-executed with it.
+executed with it. What a batch asks for is counted from the batch itself (``work_of``), on the device: each real
+token, the visible pairs of attention, the labelled tokens; so it is right for any packing and any number of hosts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+
 from unichar_jax.config.model import DecoderConfig, ModelConfig, VisionConfig
+from unichar_jax.models.streams import Batch, TokenMeta, visible
+
+_CHUNK = 512
 
 
 def expert_weights(cfg: DecoderConfig) -> int:
@@ -84,3 +92,28 @@ def train_step(cfg: ModelConfig, work: Work, passes: float = 3) -> float:
     Attention has no weights, and both of its factors want gradients: always 3.
     """
     return passes * forward(cfg, work) + (3 - passes) * attention_of(cfg, work)
+
+
+def work_of(batch: Batch) -> Work:
+    """What a batch asks for, as float32 scalars (under jit)."""
+    text, vit, latent = batch.text, batch.vit, batch.latent
+    words, seen, drawn = ((s.meta.segment != 0).sum(dtype=jnp.float32) for s in (text, vit, latent))
+    labelled = (text.weight > 0).sum(dtype=jnp.float32)
+    pairs = _count(TokenMeta.concatenate(text.meta, vit.meta, latent.meta), visible)
+    vit_pairs = _count(vit.meta, _same_image) if vit.grid.shape[1] else jnp.zeros(())
+    return Work(words, seen, drawn, labelled, pairs, vit_pairs)
+
+
+def _count(meta: TokenMeta, rule: Callable[[TokenMeta, TokenMeta], jax.Array]) -> jax.Array:
+    """Pairs that a rule allows, float32, for a chunk of queries at a time."""
+    rows, length = meta.shape
+    chunk = min(_CHUNK, length)
+    pad = -length % chunk
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad))), meta)
+    queries = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows, -1, chunk), 1, 0), padded)
+    return jax.lax.map(lambda q: rule(q, meta).sum(dtype=jnp.float32), queries).sum()
+
+
+def _same_image(q: TokenMeta, k: TokenMeta) -> jax.Array:
+    alike = (q.segment[:, :, None] == k.segment[:, None]) & (q.block[:, :, None] == k.block[:, None])
+    return alike & (q.segment != 0)[:, :, None]

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unichar_jax.training.throughput import peak_flops
+from unichar_jax.parallel.chips import peak_flops
 from unichar_jax.training.writers import Writer
 
 SPEED = "speed.jsonl"

@@ -17,15 +17,19 @@ from jax.sharding import Mesh
 
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.config.train import SFTConfig
+from unichar_jax.models import flops
 from unichar_jax.models.streams import Batch
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.training import objective
 from unichar_jax.training.metrics import USEFUL
 from unichar_jax.training.state import Arrays, Layout, TrainState
-from unichar_jax.training.throughput import useful_flops
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+# Passes that a product with weights takes part in: forward, gradients of activations, gradients of weights (with
+# adapters, next to none). Where only one expert learns it is something in between: not reported.
+PASSES = {"all": 3, "lora": 2}
 
 _PURPOSES = {"noise": 0, "posterior": 1}
 
@@ -125,6 +129,12 @@ def make_sft_step(
         return new, metrics
 
     return step
+
+
+def useful_flops(cfg: ModelConfig, batch: Batch, trainable: str) -> jax.Array | None:
+    """Useful floating-point operations of a training step on ``batch``; None where they are not defined."""
+    passes = PASSES.get(trainable)
+    return None if passes is None else jnp.asarray(flops.train_step(cfg, flops.work_of(batch), passes))
 
 
 def jit_step(

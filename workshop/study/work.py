@@ -243,7 +243,7 @@ class Worker:
     ) -> Callable[[int, Sequence[RLPrompt], np.ndarray, Scores], None]:
         """Measures what stage 2 draws of its held-out prompts, with who is no reward, into ``rounds/``."""
         from unichar_jax.checkpoint import store
-        from unichar_jax.training.grpo.cost import round_cost
+        from unichar_jax.plan.grpo import round_cost
         from unichar_jax.training.grpo.rewards import term_label
 
         case = self.case(character)

@@ -1,11 +1,8 @@
-"""Accelerators by name: their limits, and described devices to compile for without having any.
+"""Described devices, to compile for without having any.
 
 ``v5e:8x8`` is a TPU slice, ``h200:1x1x8`` are GPUs (slices x hosts x devices). TPU programs are compiled by
 libtpu, which runs on a CPU host; NVIDIA's by the CUDA plugin, which can be told a GPU's properties in place
 of finding one.
-
-Peaks are dense bf16, from Google's and NVIDIA's data sheets; link is one device's bandwidth to its neighbours
-inside a slice or a node.
 """
 
 from __future__ import annotations
@@ -21,32 +18,7 @@ from typing import Any
 import jax
 
 from unichar_jax.errors import UserError, did_you_mean
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One device: bf16 FLOP/s, memory (bytes that a program may use), bytes/s of memory and of the links."""
-
-    name: str
-    platform: str
-    flops: float
-    memory: float
-    bandwidth: float
-    link: float
-
-
-CHIPS: dict[str, Chip] = {
-    c.name: c
-    for c in (
-        Chip("v5e", "tpu", 197e12, 15.75 * GIB, 819e9, 90e9),
-        Chip("v5p", "tpu", 459e12, 95 * GIB, 2765e9, 270e9),
-        Chip("v6e", "tpu", 918e12, 31.25 * GIB, 1640e9, 180e9),
-        Chip("h100", "cuda", 989e12, 80e9, 3350e9, 450e9),
-        Chip("h200", "cuda", 989e12, 141e9, 4800e9, 450e9),
-    )
-}
+from unichar_jax.parallel.chips import CHIPS, Chip
 
 # What the CUDA compiler asks of a device, where none is there (a GpuTargetConfigProto in text). Of the two
 # Hopper chips here, only the memory differs.

@@ -3,7 +3,7 @@
 Each preset of stage 1 is compiled at the debug model's size for the topologies that the documents name. One of them
 is compiled by the default run, all of them by the slow one.
 
-python -m tests.parallel.test_golden_programs      writes the file anew, after a change that was meant
+python -m tests.plan.test_golden_programs      writes the file anew, after a change that was meant
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import pytest
 from unichar_jax.config import presets
 from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import SFTConfig
-from unichar_jax.parallel.topology import Topology
-from unichar_jax.training.plan import make_plan
+from unichar_jax.plan.sft import make_plan
+from unichar_jax.plan.topology import Topology
 
 GOLDEN = Path(__file__).parent / "golden_programs.json"
 PRESETS = [name for name in presets.available() if name.startswith("sft-") and "bagel" in name]

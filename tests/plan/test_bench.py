@@ -13,8 +13,8 @@ from unichar_jax.cli import main as cli
 from unichar_jax.config.model import model_preset
 from unichar_jax.errors import UserError
 from unichar_jax.models import flops
-from unichar_jax.training import bench, throughput
-from unichar_jax.training.plan import _work
+from unichar_jax.plan import bench
+from unichar_jax.plan.sft import _work
 
 MODEL = model_preset("debug")
 
@@ -51,7 +51,7 @@ def test_speed_follows_from_the_time(folder):
 def test_a_full_row_is_full():
     text, vit, latent = 40, 24, 16
     batch = bench.full_batch(MODEL, (text, vit, latent), 2)
-    work = flops.Work(*jax.jit(lambda b: dataclasses.astuple(throughput.work_of(b)))(batch))
+    work = flops.Work(*jax.jit(lambda b: dataclasses.astuple(flops.work_of(b)))(batch))
     assert (work.text, work.vit, work.latent, work.labelled) == (80, 48, 32, 80)
     # Causal text; the image sees the text and itself; so does the noised one, and the image before it.
     one = text * (text + 1) / 2 + vit * (text + vit) + latent * (text + vit + latent)

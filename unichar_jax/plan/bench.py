@@ -26,13 +26,13 @@ from unichar_jax.config.train import SFTConfig
 from unichar_jax.models import params
 from unichar_jax.models.streams import Batch, LatentStream, TextStream, TokenMeta, VitStream
 from unichar_jax.parallel import mesh as mesh_lib
+from unichar_jax.parallel.chips import device_name, peak_flops
+from unichar_jax.plan.sft import NUM_TASKS, Plan, assumed_capacities
 from unichar_jax.training import state as state_lib
 from unichar_jax.training.metrics import USEFUL
 from unichar_jax.training.optimizer import make_optimizer
-from unichar_jax.training.plan import NUM_TASKS, Plan, assumed_capacities
 from unichar_jax.training.start import declare
 from unichar_jax.training.step import jit_step
-from unichar_jax.training.throughput import device_name, peak_flops
 
 Record = dict[str, Any]
 

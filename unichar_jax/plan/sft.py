@@ -23,14 +23,14 @@ from unichar_jax.config.train import SFTConfig
 from unichar_jax.models import flops, kernels, params
 from unichar_jax.models.streams import Batch, LatentStream, TextStream, TokenMeta, VitStream
 from unichar_jax.parallel import mesh as mesh_lib
-from unichar_jax.parallel import program as program_lib
-from unichar_jax.parallel.program import Collective, Flops, Memory
-from unichar_jax.parallel.topology import GIB, Topology
+from unichar_jax.parallel.chips import GIB
+from unichar_jax.plan import program as program_lib
+from unichar_jax.plan.program import Collective, Flops, Memory
+from unichar_jax.plan.topology import Topology
 from unichar_jax.training.optimizer import make_optimizer, state_shardings
 from unichar_jax.training.start import declare
 from unichar_jax.training.state import TRAINABLE, Layout, TrainState
-from unichar_jax.training.step import jit_step
-from unichar_jax.training.throughput import PASSES
+from unichar_jax.training.step import PASSES, jit_step
 
 NUM_TASKS = 8  # losses per task in the log; no influence on anything that is reported
 

@@ -1,4 +1,4 @@
-"""Reading programs (FLOPs against the formula, collectives as often as their loop runs), and the plan."""
+"""Reading programs (FLOPs against the formula, collectives as often as their loop runs), the plan, and stage costs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unichar_jax.config.compute import Compute, MeshConfig
+from unichar_jax.config.grpo import GRPOConfig, NFTConfig, RolloutConfig
 from unichar_jax.config.model import model_preset
 from unichar_jax.config.train import LoraConfig, OptimizerConfig, SFTConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import flops
-from unichar_jax.parallel import program, topology
+from unichar_jax.parallel.chips import CHIPS
 from unichar_jax.parallel.mesh import gather, make_mesh
-from unichar_jax.parallel.program import Collective, Memory
-from unichar_jax.parallel.topology import CHIPS, Topology
-from unichar_jax.training import plan as plan_lib
+from unichar_jax.plan import program, topology
+from unichar_jax.plan import sft as plan_lib
+from unichar_jax.plan.grpo import round_cost
+from unichar_jax.plan.program import Collective, Memory
+from unichar_jax.plan.topology import Topology
 
 MODEL = model_preset("debug")
 CAPACITIES = (96, 64, 64)
@@ -333,3 +336,15 @@ def test_what_the_compiler_says_when_it_finds_no_room(message, gib):
 
 def test_a_refusal_without_a_number_names_none():
     assert plan_lib._bytes_asked("RESOURCE_EXHAUSTED: Failed to allocate request.") is None
+
+
+def test_turns_in_guidance_cost_what_they_draw():
+    """Half of the members have two branches: half as much again, and as much to learn."""
+    model = model_preset("debug")
+    plain = GRPOConfig(group=4, prompts_per_round=2, rollout=RolloutConfig(height=32, width=32))
+    turns = dataclasses.replace(plain, nft=NFTConfig(scales=(1.0, 4.0)))
+    one, other = round_cost(plain, model), round_cost(turns, model)
+    assert other.draw == 1.5 * one.draw
+    assert other.learn == one.learn
+    with pytest.raises(UserError, match=r"group 4 is not a multiple of the 3 nft\.scales"):
+        dataclasses.replace(plain, nft=NFTConfig(scales=(1.0, 2.0, 4.0)))
