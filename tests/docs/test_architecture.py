@@ -1,9 +1,13 @@
-"""The floors are as the document draws them: imports point down, and every package is on one."""
+"""The floors are as the document draws them: imports point down, every package is on one, and no files go in circles.
+
+Imports inside functions count as those at a file's head do.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import graphlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.docs import checker
@@ -34,9 +38,53 @@ def upward(floor: str, source: str, order: list[str]) -> list[str]:
     found = []
     for module, name in imports(source):
         other = module.split(".")[1]
-        if other in order and order.index(other) < order.index(floor):
+        if other in order and (floor not in order or order.index(other) < order.index(floor)):
             found.append(f"{module} {name}".strip())
     return found
+
+
+def modules(*packages: Path) -> dict[str, str]:
+    """Source of every module, by its name."""
+    found = {}
+    for package in packages:
+        for path in package.rglob("*.py"):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text("utf-8")
+    return found
+
+
+class _Imports(ast.NodeVisitor):
+    """Modules among ``known`` that a file imports when it runs: not what only a type checker reads."""
+
+    def __init__(self, known: Mapping[str, str]):
+        self.known, self.found = known, set[str]()
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test) != "TYPE_CHECKING":
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found |= {alias.name for alias in node.names} & self.known.keys()
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert node.level == 0, "imports are absolute here"
+        for alias in node.names:
+            name = f"{node.module}.{alias.name}"  # a module, or something in one
+            self.found |= {name if name in self.known else str(node.module)} & self.known.keys()
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules each of which is imported by the next, with the first again at the end; empty if there are none."""
+    graph = {}
+    for name, source in sources.items():
+        reader = _Imports(sources)
+        reader.visit(ast.parse(source))
+        graph[name] = reader.found
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
 
 
 BACK = {
@@ -79,8 +127,8 @@ def test_imports_point_down():
     order = floors()
     wrong: dict[Path, list[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        floor = path.relative_to(PACKAGE).parts[0]
-        if floor in order and (found := upward(floor, path.read_text("utf-8"), order)):
+        floor = path.relative_to(PACKAGE).parts[0]  # a file beside the floors is below them all
+        if path != PACKAGE / "__init__.py" and (found := upward(floor, path.read_text("utf-8"), order)):
             wrong[path.relative_to(PACKAGE)] = found
     assert not wrong
 
@@ -90,4 +138,23 @@ def test_an_import_that_points_up_is_noticed():
     assert upward("models", "from unichar_jax.training.step import make_sft_step", order)
     assert upward("data", "def f():\n    import unichar_jax.sampling.engine", order)
     assert upward("config", "from unichar_jax.models.decoder import Decoder", order)
+    assert upward("errors.py", "def f():\n    from unichar_jax.config import presets", order)
     assert not upward("training", "from unichar_jax.models.decoder import Decoder", order)
+
+
+def test_files_do_not_import_each_other_in_circles():
+    found = circle(modules(PACKAGE, checker.REPOSITORY / "workshop"))
+    assert not found, " is imported by ".join(found)
+
+
+def test_a_circle_is_noticed_and_named():
+    attention = "def prepare():\n    from p.models import kernels"
+    files = {"p.models.attention": attention, "p.models.kernels": "from p.models.kernels.dense import Dense"}
+    dense = {"p.models.kernels.dense": "from p.models.attention import Prepared\nimport jax"}
+    found = circle(files | dense)
+    assert len(found) == 4 and set(found) == {*files, *dense}
+    assert circle({"p": "import p.a", "p.a": "from p import b", "p.b": "import p"})[0]
+    only_types = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.models.attention import Prepared"
+    )
+    assert not circle(files | {"p.models.kernels.dense": only_types})
