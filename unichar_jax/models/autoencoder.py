@@ -19,11 +19,20 @@ from unichar_jax.config.model import AutoencoderConfig
 from unichar_jax.models import params
 from unichar_jax.models.layers import Dense
 
+POSITIONS_AT_ONCE = 2**18
+"""Positions of the arrays that one convolution takes, those of a picture of 512 pixels; larger go in strips."""
+
+QUERIES_AT_ONCE = 1024
+"""Positions that look at all others together."""
+
 _EPS = 1e-6
 
 
 class Conv(nnx.Module):
-    """k x k convolution, NHWC; ``stride`` 2 pads one row and column at the bottom and right only."""
+    """k x k convolution, NHWC; ``stride`` 2 pads one row and column at the bottom and right only.
+
+    It multiplies in its kernel's dtype and returns its input's.
+    """
 
     def __init__(self, c_in: int, c_out: int, size: int = 3, stride: int = 1):
         init = params.uniform_fan_in(c_in * size * size)
@@ -33,14 +42,29 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         pad = (self.size // 2, self.size // 2) if self.stride == 1 else (0, 1)
-        y = jax.lax.conv_general_dilated(
-            x,
-            self.kernel[...],
-            window_strides=(self.stride, self.stride),
-            padding=(pad, pad),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y + self.bias[...]
+        kernel = self.kernel[...]
+
+        def convolved(x: jax.Array, rows: tuple[int, int]) -> jax.Array:
+            y = jax.lax.conv_general_dilated(
+                x.astype(kernel.dtype),
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=(rows, pad),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            return y.astype(x.dtype)
+
+        batch, height, width, _ = x.shape
+        strips = -(-batch * height * width // POSITIONS_AT_ONCE)
+        strips = next((n for n in range(strips, height) if height % n == 0), height)
+        if strips == 1 or self.stride != 1:
+            return convolved(x, pad) + self.bias[...]
+        # Strips of rows with the rows beside them: the same sums, and a bound on what the search for the fastest
+        # algorithm tries.
+        rows, x = height // strips, jnp.pad(x, ((0, 0), pad, (0, 0), (0, 0)))
+        strip = lambda i: jax.lax.dynamic_slice_in_dim(x, i * rows, rows + self.size - 1, axis=1)  # noqa: E731
+        y = jax.lax.map(lambda i: convolved(strip(i), (0, 0)), jnp.arange(strips))
+        return jnp.moveaxis(y, 0, 1).reshape(batch, height, width, -1) + self.bias[...]
 
 
 class GroupNorm(nnx.Module):
@@ -94,10 +118,15 @@ class AttnBlock(nnx.Module):
         b, height, width, c = x.shape
         h = self.norm(x).reshape(b, height * width, c)
         q, k, v = self.q(h), self.k(h), self.v(h)
-        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * c**-0.5, axis=-1).astype(v.dtype)
-        h = self.proj_out(jnp.einsum("bqk,bkc->bqc", weights, v))
-        return x + h.reshape(x.shape)
+
+        def look(q: jax.Array) -> jax.Array:
+            scores = jnp.einsum("bc,bkc->bk", q, k, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(scores * c**-0.5, axis=-1).astype(v.dtype)
+            return jnp.einsum("bk,bkc->bc", weights, v)
+
+        # A picture of 1,024 pixels has 16,384 positions: the scores of all at once are a gigabyte.
+        h = jnp.moveaxis(jax.lax.map(look, jnp.moveaxis(q, 1, 0), batch_size=QUERIES_AT_ONCE), 0, 1)
+        return x + self.proj_out(h).reshape(x.shape)
 
 
 class Mid(nnx.Module):
@@ -206,6 +235,23 @@ class Autoencoder(nnx.Module):
     def decode(self, latents: jax.Array) -> jax.Array:
         """Scaled latents to images; in [-1, 1] up to overshoot (clip when making pixels)."""
         return self.decoder(latents / self.cfg.scale + self.cfg.shift)
+
+
+def decoding_in(autoencoder: Autoencoder, dtype: str) -> Autoencoder:
+    """The autoencoder with a decoder whose convolutions multiply in ``dtype``; all else stays as it is.
+
+    In bfloat16 half of the memory, and none of the algorithms for float32 that ask for tens of gigabytes. What lies
+    between convolutions, and the first and the last of them, whose rounding would show most, stay in float32: on
+    the mini autoencoder the picture moves by 0.1 grey levels in the mean (measured).
+    """
+
+    def lower(name: str, x: jax.Array) -> jax.Array:
+        inner = (
+            name.startswith("decoder.") and x.ndim == 4 and "conv_in" not in name and "conv_out" not in name
+        )
+        return x.astype(dtype) if inner else x
+
+    return params.map_named(lower, autoencoder)
 
 
 def patchify(latents: jax.Array, patch: int) -> jax.Array:

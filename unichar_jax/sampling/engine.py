@@ -24,7 +24,7 @@ from PIL import Image
 from unichar_jax.config.compute import Compute
 from unichar_jax.data import templates
 from unichar_jax.errors import UserError
-from unichar_jax.models.autoencoder import Autoencoder
+from unichar_jax.models.autoencoder import Autoencoder, decoding_in
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import context, flow, pixels, text
@@ -55,6 +55,8 @@ class EngineConfig:
       as_shipped: follow the reference's inference code where it departs from its own training data: the
         prompts that ask for a plan, and the size of pictures that are looked at. Only for comparing with its
         results.
+      picture_dtype: in which the autoencoder's convolutions multiply when a picture is made, "float32" or
+        "bfloat16" (``autoencoder.decoding_in``); None: the model's own.
     """
 
     max_batch: int = 8
@@ -62,11 +64,16 @@ class EngineConfig:
     max_context: int = 16_384
     remembered: int = 16_384
     as_shipped: bool = False
+    picture_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_batch", 1), ("max_queue", 1), ("max_context", 1), ("remembered", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"engine.{name}: expected at least {least}, got {getattr(self, name)}.")
+        if self.picture_dtype not in (None, "float32", "bfloat16"):
+            raise UserError(
+                f"engine.picture_dtype: expected float32 or bfloat16, got '{self.picture_dtype}'."
+            )
 
 
 @jitted
@@ -103,6 +110,8 @@ class Engine:
         self.config = config or EngineConfig()
         self.cfg = model.cfg
         self._roster = Roster(model)
+        if autoencoder is not None:
+            autoencoder = decoding_in(autoencoder, self.config.picture_dtype or model.compute.dtype)
         self.parts = PartMaker(
             model.cfg,
             tokenizer,

@@ -1,7 +1,8 @@
 """Latent tokens to pixels and back, in batches, on the device.
 
-The only place where sampling meets the autoencoder. Large batches go through it a few megapixels at a time,
-so that its activations, which are far larger than the pictures, stay bounded.
+The only place where sampling meets the autoencoder. Batches go through it one picture of 512 pixels, or as many
+smaller ones, at a time: its activations are far larger than the pictures, and what a GPU's library tries while
+it looks for the fastest convolution is larger still.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from unichar_jax.models import autoencoder as ae
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.sampling.tracing import jitted
 
-_PIXELS_AT_ONCE = 2**22
+_PIXELS_AT_ONCE = 2**18
 
 
 @jitted(static_argnames=("grid", "patch"))
