@@ -105,9 +105,8 @@ def lora_persona(
     from unichar_jax.checkpoint import lora
     from unichar_jax.sampling.session import Persona
 
-    stored = folder / lora.CHARACTER_FILE
-    if character is None and stored.is_file():
-        who = json.loads(stored.read_text(encoding="utf-8"))
+    who = lora.character_of(folder)
+    if character is None and who is not None:
         return Persona(
             who["name"], description or who["description"], who["opening"] if opening is None else opening
         )

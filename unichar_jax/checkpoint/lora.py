@@ -36,6 +36,7 @@ from unichar_jax.errors import UserError
 from unichar_jax.models import lora, params
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
+from unichar_jax.records import Findings, read_settings
 
 WHOLE_FILE, CHARACTER_FILE = "whole.safetensors", "character.json"
 FOLDER = "lora"  # in a run's directory
@@ -43,6 +44,17 @@ FOLDER = "lora"  # in a run's directory
 
 def is_lora(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG_FILE).is_file()
+
+
+def character_of(folder: Path) -> dict[str, str] | None:
+    """Who the adapters of a folder play (name, description, opening), if it says so."""
+    if not (folder / CHARACTER_FILE).is_file():
+        return None
+    found = Findings()
+    who = read_settings(found, folder / CHARACTER_FILE)
+    texts = {key: who.text(key, required=key == "name") for key in ("name", "description", "opening")}
+    found.refuse()
+    return texts
 
 
 # -- writing ------------------------------------------------------------------------------------------------
@@ -226,8 +238,7 @@ class LoraFile:
     @property
     def character(self) -> dict[str, str] | None:
         """Who the adapters play, if the folder says so."""
-        path = self.folder / CHARACTER_FILE
-        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+        return character_of(self.folder)
 
 
 def open_lora(folder: str | Path, cfg: ModelConfig) -> LoraFile:
@@ -251,6 +262,7 @@ def open_lora(folder: str | Path, cfg: ModelConfig) -> LoraFile:
             found.setdefault(module, {})[leaf] = name
     wanted = peft_names.wanted(config["target_modules"], modules)
     problems += [f"{m}: is among target_modules, but has no tensors" for m in sorted(wanted - found.keys())]
+    problems += [f"{m}: has tensors, but is not among target_modules" for m in sorted(found.keys() - wanted)]
     tensors: dict[str, tuple[TensorFile, str, table.Entry | None, float]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for module, pair in found.items():

@@ -8,7 +8,6 @@ Source: the file layout of the ``peft`` package.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,23 +17,24 @@ from unichar_jax.checkpoint import table
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import lora
+from unichar_jax.records import Findings, Record, read_settings, shown
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 LEAVES = {lora.A: "lora_A.weight", lora.B: "lora_B.weight"}
-# Options of PEFT that change what is computed, with the values that leave it at W + (alpha / r) B A.
-_PLAIN: dict[str, tuple[Any, ...]] = {
+# Options that say nothing of what finished adapters compute. Every other one, known or not, must be off, or what is
+# computed would not be W + (alpha / r) B A on the base as it is.
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "layers_pattern", "lora_dropout"),
+        *("megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+    )
+)
+_READ = frozenset(("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern"))
+_OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "fan_in_fan_out": (False, None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
-    "layers_to_transform": ([], None),
-    "layer_replication": ([], None),
-    "target_parameters": ([], None),
-    "exclude_modules": ([], None),
-    "trainable_token_indices": ([], {}, None),
+    # The others subtract from the base's weights what they start from, or leave the base another one.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 
 
@@ -85,22 +85,44 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: no {CONFIG_FILE} here. Expected a folder of adapters: 'lora' in a run with trainable ="
             " 'lora', or one that 'unichar convert --lora' or PEFT wrote."
         )
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        rank, kind, _, _ = (config[k] for k in ("r", "peft_type", "lora_alpha", "target_modules"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a configuration of PEFT ({type(error).__name__}: {error}).") from None
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type: expected LORA, got {kind}.")
-    if not isinstance(rank, int) or rank < 1:
-        raise UserError(f"{path}: r: expected a positive rank, got {rank}.")
-    for option, plain in _PLAIN.items():
-        if option in config and config[option] not in plain:
-            raise UserError(
-                f"{path}: {option} = {config[option]!r} is not supported; expected {plain[0]!r}. Merge these"
-                " adapters in PyTorch, and make new ones: unichar convert --lora RANK MERGED BASE DST"
-            )
-    return config
+    found = Findings()
+    config = read_settings(found, path)
+    if config.ok:
+        _check(config)
+    found.refuse()
+    return config.data
+
+
+def _check(config: Record) -> None:
+    if config.data.get("peft_type") != "LORA":
+        _wrong(config, "peft_type", "LORA")
+    rank, targets = config.data.get("r"), config.data.get("target_modules")
+    if type(rank) is not int or rank < 1:
+        _wrong(config, "r", "a positive rank")
+    config.number("lora_alpha", None, 1e-9, 1e9)
+    config.flag("use_rslora")
+    if not isinstance(config.data.get("rank_pattern") or {}, dict):
+        _wrong(config, "rank_pattern", "ranks by name")
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except (re.error, OverflowError, RecursionError):
+            _wrong(config, "target_modules", "a regular expression")
+    elif not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        _wrong(config, "target_modules", "names, or a regular expression")
+    for option in config.data.keys() - _WITHOUT_EFFECT - _READ:
+        value, off = config.data[option], _OFF.get(option, (None, False, [], {}))
+        if not any(type(value) is type(o) and value == o for o in off):
+            remedy = "merge these adapters in PyTorch, and make new ones: unichar convert --lora RANK MERGED BASE DST"
+            is_not = f"{option} = {shown(value)} is not supported"
+            config.error(option, shown(off[0]), shown(value), f"{is_not}; {remedy}")
+
+
+def _wrong(config: Record, option: str, expected: str) -> None:
+    if option in config.data:
+        config.error(option, expected, str(config.data[option])[:60], "use what PEFT wrote")
+    else:
+        config.error(option, expected, "nothing", "this is not a configuration of PEFT")
 
 
 def parse(name: str, modules: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -121,4 +143,4 @@ def wanted(targets: str | Sequence[str], modules: Iterable[str]) -> set[str]:
     bare = {m: m.removeprefix(table.LM_PREFIX) for m in modules}
     if isinstance(targets, str):
         return {m for m, short in bare.items() if re.fullmatch(targets, m) or re.fullmatch(targets, short)}
-    return {m for m in bare if any(m == t or m.endswith(f".{t}") for t in targets)}
+    return {m for m, short in bare.items() if any(t in (m, short) or m.endswith(f".{t}") for t in targets)}
