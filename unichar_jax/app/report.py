@@ -339,9 +339,7 @@ def _figure(picture: Picture, alt: str = "") -> str:
 
 def _img(picture: Picture, alt: str) -> str:
     image = picture.image
-    if not isinstance(image, Image.Image):
-        image = open_image(Path(image).name, Path(image).parent)
-    image = to_rgb(image)
+    image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
     image.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
     small = max(image.size) <= _LOSSLESS

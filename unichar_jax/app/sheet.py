@@ -43,9 +43,7 @@ def contact_sheet(comparison: Comparison, side: int = 128) -> Image.Image:
 
 
 def _fit(image: Image.Image | str | Path, side: int) -> Image.Image:
-    if not isinstance(image, Image.Image):
-        image = open_image(Path(image).name, Path(image).parent)
-    image = to_rgb(image)
+    image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
     scale = side / max(image.size)
     size = [max(1, round(n * scale)) for n in image.size]
     return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)

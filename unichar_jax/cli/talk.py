@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,6 +85,7 @@ def chat(
     from unichar_jax.sampling.text import TextSettings
 
     console = Console(highlight=False)
+    _look_at(image)
     loras = engines.lora_names(lora)
     if len(loras) > 1 and (character or description or opening or out):
         raise UserError(
@@ -270,9 +272,18 @@ def ask(
     if not question or len(before) > (image is None):
         raise UserError('expected "unichar ask RUN [IMAGE] QUESTION"; put the question in quotes.')
     image = Path(before[0]) if before else image
+    _look_at(image)
     with _one(run, lora, as_shipped) as (engine, name):
         print(engine.answer(image, question, TextSettings(max_tokens, temperature, seed=seed), model=name))
     return 0
+
+
+def _look_at(image: Path | None) -> None:
+    """Refuses a picture that cannot be read before gigabytes are loaded, and tells what is odd about it."""
+    from unichar_jax.data.images import image_header
+
+    for _, got, becomes in image_header(image).notes if image else ():
+        print(f"note: {image}: {got}; {becomes}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from unichar_jax.data.character import ImageFile
-from unichar_jax.data.images import ImageTransform, open_image, patchify
+from unichar_jax.data.images import ImageTransform, content_of, open_image, patchify
 
 MomentsFn = Callable[[np.ndarray], tuple[Any, Any]]
 """Images float32 ``[B, H, W, 3]`` in [-1, 1] to the posterior's mean and log-variance in latent
@@ -151,15 +151,15 @@ class ImageCache:
 
     def _resized(self, picture: Picture, transform: ImageTransform, img_num: int) -> np.ndarray:
         if isinstance(picture, ImageFile):
-            image = open_image(picture.path.name, picture.path.parent)
+            image = open_image(picture.path)
         else:
             image = Image.fromarray(picture.render())
         return np.asarray(transform.resize(image, img_num))
 
     def content(self, picture: ImageFile) -> str:
-        """Hash of a picture's file, read once."""
+        """Hash of what a picture's file shows, read once."""
         if picture.path not in self._contents:
-            self._contents[picture.path] = hashlib.sha256(picture.path.read_bytes()).hexdigest()
+            self._contents[picture.path] = content_of(picture.path)
         return self._contents[picture.path]
 
     def _name(self, kind: str, picture: Picture, transform: ImageTransform, img_num: int) -> str:

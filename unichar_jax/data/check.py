@@ -126,7 +126,7 @@ def _check_pixels(folder: Path) -> tuple[Finding, ...]:
         except ImageError:
             continue
         try:
-            image = open_image(path.name, folder)
+            image = open_image(path.name, folder, alpha=True)
         except ImageError as error:
             found.picture(path.name, folder, error)
             continue
@@ -136,9 +136,7 @@ def _check_pixels(folder: Path) -> tuple[Finding, ...]:
 
 
 def _transparent(image: Image.Image) -> bool:
-    if not image.has_transparency_data:
-        return False
-    lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
+    lowest = image.getchannel("A").getextrema()[0] if image.mode == "RGBA" else 255
     return isinstance(lowest, int | float) and lowest < 255
 
 

@@ -1,9 +1,15 @@
-"""From picture files to model input: safe opening, RGB on white, resize rule, patches.
+"""From picture files to model input: the one door for pictures, resize rule, patches.
 
-A picture is opened only inside a folder that the caller names, and only after its header says that
-it is of a sane format and size, so a hostile data folder can neither make us read another file nor
-fill the memory. The size rule and the pixels follow BAGEL (arXiv 2505.14683) as UniCharacter uses
-it: both sides are snapped to a stride, resizing is PIL's bicubic, values lie in [-1, 1].
+**The door.** Every picture that the package did not draw itself comes in through ``open_image``: a file inside
+a folder that the caller names, bytes that were sent, or a picture that the caller opened. Whoever asks gets the
+same pixels: RGB of 8 bits, upright as its EXIF orientation says, deeper grey scaled (not clipped),
+transparency on white, of an animation the first frame. The content decides what a file is, never its name. A
+file is judged by its header before a pixel is decoded, so a hostile folder can neither make us read another
+file nor fill the memory. Colour profiles are not applied, as in the reference. ``image_header`` tells the
+same (the upright size) without decoding, with what is worth a note.
+
+The size rule and the pixels follow BAGEL (arXiv 2505.14683) as UniCharacter uses it: both sides are snapped
+to a stride, resizing is PIL's bicubic, values lie in [-1, 1].
 
 This module knows nothing of characters or tasks, caches nothing, and never writes a file.
 """
@@ -11,26 +17,64 @@ This module knows nothing of characters or tasks, caches nothing, and never writ
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib
+import io
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from unichar_jax.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-"""File formats that are opened; what counts is the content, not the file's name."""
+"""File formats that are always read. HEIC and AVIF are read where Pillow, or its plugin, can."""
+
+READ_NAMES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".heic", ".heif", ".avif")
+"""Ends of the names of files that are taken for pictures in a folder of all sorts."""
+
+OTHER_NAMES = (".gif", ".bmp", ".tif", ".tiff", ".dng", ".jxl", ".svg")
+"""Ends of the names of pictures that are not read; whoever lists a folder names them."""
 
 MAX_PIXELS = 50_000_000
 """Largest picture that is decoded (width x height); larger ones are taken for decompression bombs."""
 
+MIN_SIDE = 8
+"""Shortest side, in pixels, of a picture that is read."""
+
+SMALL_SIDE, THIN = 32, 4
+"""A picture with a side below, or with sides further apart than this ratio, is worth a note."""
+
 MAX_BYTES = 128 * 2**20
 """Largest picture file that is read."""
 
+Source = Image.Image | bytes | str | os.PathLike[str]
+"""A picture as it is given: opened by the caller, the bytes of a file, or its path."""
+
 
 class ImageError(UserError):
-    """A picture that cannot or must not be opened."""
+    """A picture that cannot or must not be opened; ``got`` says in short what it is, where that is known."""
+
+    def __init__(self, message: str, got: str = "") -> None:
+        super().__init__(message)
+        self.got = got
+
+
+class UnknownImageError(ImageError):
+    """Content that is no picture, or one of a format that is not read."""
+
+
+class LargeImageError(ImageError):
+    """A picture with too many pixels."""
+
+    def __init__(self, what: str, got: str, most: int) -> None:
+        told = f"{what} has {got}; at most {most} are decoded (a decompression bomb?). Save a smaller copy."
+        super().__init__(told, got)
+
+
+class SmallImageError(ImageError):
+    """A picture of fewer than ``MIN_SIDE`` pixels on a side."""
 
 
 class UnsafePathError(ImageError):
@@ -72,79 +116,230 @@ def resolve_inside(root: Path, relative: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _open_header(path: str | os.PathLike[str], root: Path) -> Image.Image:
-    """Opens a picture lazily: the header is parsed and judged, no pixel is decoded."""
-    where = os.fspath(path)
-    file = resolve_inside(root, path)
-    if not file.exists():
-        raise ImageError(f"{root}: the image {where!r} is absent; add it or drop its record.")
-    if not file.is_file():
-        raise ImageError(f"{root}: the image {where!r} is not a regular file.")
-    size = file.stat().st_size
-    if size > MAX_BYTES:
-        raise ImageError(
-            f"{root}: the image {where!r} has {size} bytes; expected at most {MAX_BYTES}. "
-            "Save a smaller copy."
-        )
-    try:
-        image = Image.open(file, formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise _bomb(root, where, "more pixels than can be decoded safely") from None
-    except Exception as error:
-        raise ImageError(
-            f"{root}: {where!r} is not a readable image ({_reason(error)}); "
-            f"expected {', '.join(FORMATS)} content."
-        ) from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
+@dataclasses.dataclass(frozen=True)
+class ImageHeader:
+    """What a picture's header says.
+
+    Attributes:
+      format, mode: as Pillow names them.
+      width, height: of the upright picture, in pixels.
+      orientation: of EXIF; 1 is upright.
+      notes: what is worth telling, as (expected, got, what becomes of it).
+    """
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    orientation: int
+    notes: tuple[tuple[str, str, str], ...]
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of each EXIF orientation upright."""
+
+_PLUGINS = {"HEIC": ("HEIF", "pillow_heif"), "AVIF": ("AVIF", "pillow_avif")}
+"""Pillow's format of a kind of file, and the module that reads it where Pillow does not."""
+
+_OTHER_HEADS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"<svg": "SVG"}
+"""First bytes of pictures that are not read, to name them."""
+
+
+def image_header(source: Source, root: Path | None = None) -> ImageHeader:
+    """What the header of a picture says; no pixel is decoded. Raises as ``open_image``."""
+    image, _ = _open(source, root, MAX_PIXELS)
+    orientation, (width, height) = _orientation(image), image.size
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a telephone's second picture
+    kind, mode = str(image.format), image.mode
+    if image is not source:
         image.close()
-        raise _bomb(root, where, f"{width}x{height} pixels")
-    return image
+    if orientation > 4:
+        width, height = height, width
+    notes = []
+    if frames > 1:
+        notes.append(("one still picture", f"{frames} frames", "the first is used"))
+    if min(width, height) < SMALL_SIDE or max(width, height) > THIN * min(width, height):
+        drawn = "x".join(map(str, T2I_TRANSFORM.size(width, height)))
+        wanted = f"sides of {SMALL_SIDE} pixels or more, none {THIN} times the other"
+        notes.append((wanted, f"{width}x{height} pixels", f"BAGEL sees and draws it stretched, at {drawn}"))
+    return ImageHeader(kind, mode, width, height, orientation, tuple(notes))
 
 
-def _bomb(root: Path, where: str, got: str) -> ImageError:
-    return ImageError(
-        f"{root}: the image {where!r} has {got}; at most {MAX_PIXELS} are decoded "
-        "(a decompression bomb?). Save a smaller copy."
-    )
+def open_image(
+    source: Source,
+    root: Path | None = None,
+    *,
+    alpha: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    near: int | None = None,
+) -> Image.Image:
+    """A picture as the package sees it: RGB, upright, on white (see the module).
 
-
-def _reason(error: Exception) -> str:
-    return "unknown content" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-
-
-def image_header(path: str | os.PathLike[str], root: Path) -> tuple[str, str, tuple[int, int]]:
-    """Format, mode and (width, height) of the image ``path`` inside ``root``, without its pixels."""
-    with _open_header(path, root) as image:
-        return str(image.format), image.mode, image.size
-
-
-def open_image(path: str | os.PathLike[str], root: Path) -> Image.Image:
-    """Decodes the image ``path`` inside ``root``, in its own mode.
+    Args:
+      source: the picture. A path is taken inside ``root``, by default its own folder.
+      root: the folder that must hold it.
+      alpha: leave transparency; a picture that has some comes as RGBA.
+      max_pixels: largest width x height.
+      near: a JPEG may be decoded smaller, at about this many pixels on the longer side.
 
     Raises:
-      UnsafePathError: ``path`` leaves ``root``.
-      ImageError: absent, not a regular file, too large, not an image, or truncated.
+      UnsafePathError: the path leaves ``root``.
+      ImageError: absent, not a regular file, too large or small, not an image, or truncated.
     """
-    image = _open_header(path, root)
+    image, what = _open(source, root, max_pixels)
+    turn = _TURNS.get(_orientation(image))
     try:
+        if near is not None:
+            image.draft("RGB", (near, near))
         image.load()
+        decoded = _eight_bits(image) if alpha else to_rgb(image)
+    except Exception as error:  # decoders raise anything
+        if isinstance(error, ImageError):
+            raise
+        told = f"{what} is truncated or corrupt ({error}); save it again from its source."
+        raise ImageError(told) from None
+    finally:
+        if image is not source:
+            image.close()
+    decoded.info = {}  # no metadata: opened again, it must not be turned again
+    return decoded.transpose(turn) if turn is not None else decoded
+
+
+def content_of(path: Path) -> str:
+    """A digest of a picture's file that changes with the pixels it is seen as."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    orientation = image_header(path).orientation
+    return digest if orientation == 1 else f"{digest} turned {orientation}"
+
+
+def _open(source: Source, root: Path | None, max_pixels: int) -> tuple[Image.Image, str]:
+    """Opens a picture lazily and judges its header; also what to call it in a message."""
+    if isinstance(source, Image.Image):
+        image, what = source, "the picture"
+    elif isinstance(source, bytes):
+        image, what = _parsed(io.BytesIO(source), source[:64], "the picture"), "the picture"
+    elif isinstance(source, str | os.PathLike):
+        if root is None:
+            path = Path(source)
+            source, root = path.name, path.parent
+        file = resolve_inside(root, source)
+        what = f"{root}: the image {os.fspath(source)!r}"
+        if not file.exists():
+            raise ImageError(f"{what} is absent; add it or drop its record.")
+        if not file.is_file():
+            raise ImageError(f"{what} is not a regular file.")
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ImageError(f"{what} has {size} bytes; expected at most {MAX_BYTES}. Save a smaller copy.")
+        with file.open("rb") as opened:
+            head = opened.read(64)
+        image = _parsed(file, head, what)
+    else:
+        raise ImageError(f"expected a picture or a path, got {type(source).__name__}.")
+    width, height = image.size
+    if width * height > max_pixels:
+        raise LargeImageError(what, f"{width}x{height} pixels", max_pixels)
+    if min(width, height) < MIN_SIDE:
+        raise SmallImageError(
+            f"{what} is only {width}x{height} pixels; expected {MIN_SIDE} or more on each side. Give a larger one."
+        )
+    return image, what
+
+
+def _parsed(file: Path | io.BytesIO, head: bytes, what: str) -> Image.Image:
+    """The picture, its header parsed, by one of the formats that are read."""
+    formats: tuple[str, ...] = FORMATS
+    if kind := _boxed(head):
+        if not readable(f".{kind.lower()}"):
+            told = f"{what} is a {kind} picture, which Pillow cannot read here; {remedy(kind)}."
+            raise UnknownImageError(told, f"{kind} content")
+        formats = (_PLUGINS[kind][0],)
+    try:
+        return Image.open(file, formats=formats)
+    except Image.DecompressionBombError:
+        raise LargeImageError(what, "more pixels than can be decoded safely", MAX_PIXELS) from None
     except Exception as error:
-        image.close()
-        raise ImageError(
-            f"{root}: the image {os.fspath(path)!r} is truncated or corrupt ({error}); "
-            "save it again from its source."
+        known = (f"{name} content" for start, name in _OTHER_HEADS.items() if head.startswith(start))
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = next(known, "unknown content") if unknown else str(error)
+        raise UnknownImageError(
+            f"{what} is not a readable image ({reason}); expected {', '.join(FORMATS)} content, save it as one.",
+            reason,
         ) from None
-    return image
+
+
+def _boxed(head: bytes) -> str:
+    """``HEIC`` or ``AVIF``, if the first bytes are those of one; else empty."""
+    if head[4:8] != b"ftyp":
+        return ""
+    end = min(len(head), int.from_bytes(head[:4], "big"))
+    brands = {head[8:12], *(head[i : i + 4] for i in range(16, end, 4))}
+    if brands & {b"avif", b"avis"}:
+        return "AVIF"
+    return "HEIC" if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"} else ""
+
+
+def remedy(kind: str) -> str:
+    """What to do with a picture of a format that is not read here."""
+    plugin = f", or: pip install {_PLUGINS[kind][1].replace('_', '-')}" if kind in _PLUGINS else ""
+    return f"save it as PNG or JPEG{plugin}"
+
+
+def readable(suffix: str) -> bool:
+    """Whether pictures with this end of their names can be read here; registers the plugin that does it."""
+    kind = {".heic": "HEIC", ".heif": "HEIC", ".avif": "AVIF"}.get(suffix.lower())
+    if kind is None:
+        return suffix.lower() in READ_NAMES
+    if kind == "AVIF" and features.check("avif"):
+        return True
+    try:
+        plugin = importlib.import_module(_PLUGINS[kind][1])  # pillow_avif registers itself
+        getattr(plugin, "register_heif_opener", bool)()
+    except Exception:  # absent, or not for this Pillow
+        return False
+    return True
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation as the header tells it; PNG's own reader would decode the picture for it."""
+    try:
+        value = Image.Image.getexif(image).get(0x0112, 1)
+    except Exception:  # damaged metadata
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """RGB, or RGBA with transparency; grey of 16 bits is scaled, which PIL would clip at 255."""
+    clear = image.info.get("transparency")
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 0xFFFF:
+            raise ImageError(
+                f"a picture of mode {image.mode!r} has no known range of values; expected 8 or 16 bits. Save it as PNG."
+            )
+        grey = Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+        if isinstance(clear, int):
+            grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        image = grey
+    elif isinstance(clear, tuple) and max(clear) > 255:  # PIL reads 16 bits of colour as 8, but not this
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB copy; transparency is composited on white with the alpha channel."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
+    """An RGB copy of 8 bits; transparency is composited on white with the alpha channel."""
+    image = _eight_bits(image)
+    if image.mode == "RGB":
+        return image
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(image, mask=image.getchannel("A"))
     return white

@@ -34,18 +34,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from unichar_jax.data.files import read_json, read_text
-from unichar_jax.data.images import ImageError, open_image
+from unichar_jax.data.images import (
+    OTHER_NAMES,
+    READ_NAMES,
+    ImageError,
+    image_header,
+    open_image,
+    readable,
+    remedy,
+)
 from unichar_jax.data.rl_prompts import WITH_QUESTIONS, read_rl_prompts
 from unichar_jax.data.rolescape import read_character
 from unichar_jax.data.tasks import TASKS, TEST_SETS, eval_items, samples
 from unichar_jax.errors import UserError
-from unichar_jax.records import DataError, Findings, shown
+from unichar_jax.records import DataError, Finding, Findings, shown
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-OTHER_PICTURES = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".dng")
 DESCRIPTION_CHARS = 600
 """Longest description; it is part of every prompt, so it must stay short."""
 
@@ -109,6 +115,7 @@ class NewCharacter:
       missing: what the other tasks and test sets need, by the same names.
       placeholders: what stands in for something that only the user knows.
       unread: files of the pictures' folder that look like pictures but are of no format that is read.
+      notes: what was put right, or is worth knowing.
     """
 
     folder: Path
@@ -117,6 +124,7 @@ class NewCharacter:
     missing: dict[str, str]
     placeholders: tuple[str, ...]
     unread: tuple[str, ...] = ()
+    notes: tuple[Finding, ...] = ()
 
 
 def new_character(
@@ -141,13 +149,14 @@ def new_character(
     opening, exchanges = read_dialogues(dialogues, name) if dialogues else ("", ())
     text = _read_user_text(profile) if profile else ""
     names = _picture_names(images_dir, exchanges)
+    found = Findings()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as draft:
         draft_folder = Path(draft) / "train" / name
         draft_prompts = Path(draft) / "prompts" / prompts.name
         draft_folder.mkdir(parents=True)
         draft_prompts.mkdir(parents=True)
-        _write_pictures(images_dir, names, draft_folder)
+        _write_pictures(found, images_dir, names, draft_folder)
         placeholders = _write_texts(
             draft_folder, name, text, opening, exchanges, names, _captions(images_dir, names, name)
         )
@@ -162,8 +171,9 @@ def new_character(
                 shutil.rmtree(prompts, ignore_errors=True)
                 raise
     file = prompts / f"{prompts.name}{WITH_QUESTIONS}"
-    unread = sorted(p.name for p in images_dir.iterdir() if p.suffix.lower() in OTHER_PICTURES)
-    return NewCharacter(folder, file, counts, missing, placeholders, tuple(unread))
+    return NewCharacter(
+        folder, file, counts, missing, placeholders, tuple(_listed(images_dir)[1]), found.notes
+    )
 
 
 def summary(new: NewCharacter) -> str:
@@ -171,7 +181,10 @@ def summary(new: NewCharacter) -> str:
     lines = [f"Wrote {new.folder}", f"Wrote {new.prompts}", "Ready:"]
     lines += [f"  {task}: {count}" for task, count in new.counts.items()]
     if new.unread:
-        lines.append(f"Left out: {', '.join(new.unread)}; save them as PNG or JPEG and start again")
+        plugin = any(Path(name).suffix.lower() in (".heic", ".heif") for name in new.unread)
+        mend = remedy("HEIC" if plugin else "").replace("it", "them", 1)
+        lines.append(f"Left out: {', '.join(new.unread)}; {mend} and start again")
+    lines += [f"  note: {note}" for note in new.notes]
     if new.placeholders:
         lines += ["Stand-ins to replace by your own words:"]
         lines += [f"  {placeholder}" for placeholder in new.placeholders]
@@ -283,12 +296,12 @@ def _picture_names(images_dir: Path, exchanges: Iterable[Exchange]) -> list[str]
     """The pictures to copy: those of the exchanges first, in order, then the others by name."""
     if not images_dir.is_dir():
         raise UserError(f"{images_dir}: no such folder of pictures; give it with --images DIR.")
-    present = sorted(
-        (p.name for p in images_dir.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != "."),
-        key=lambda n: [int(x) if x.isdigit() else x for x in re.split(r"([0-9]+)", n.lower())],
-    )
+    present, unread = _listed(images_dir)
     if not present:
-        raise UserError(f"{images_dir}: no picture found; expected about ten files {', '.join(PICTURES)}.")
+        raise UserError(
+            f"{images_dir}: no picture found; expected about ten files {', '.join(READ_NAMES)}."
+            + (f" Not read: {', '.join(unread)}; {remedy('HEIC')}." if unread else "")
+        )
     told = [exchange.image for exchange in exchanges if exchange.image]
     for image in told:
         if image not in present:
@@ -304,6 +317,19 @@ def _picture_names(images_dir: Path, exchanges: Iterable[Exchange]) -> list[str]
     return told + [image for image in present if image not in told]
 
 
+def _listed(images_dir: Path) -> tuple[list[str], list[str]]:
+    """The names of the pictures in a folder, by number, and of those that cannot be read here."""
+    names = sorted(
+        (p.name for p in images_dir.iterdir() if p.name[0] != "."),
+        key=lambda n: [int(x) if x.isdecimal() else x for x in re.split(r"([0-9]+)", n.lower())],
+    )
+    kinds = {name: Path(name).suffix.lower() for name in names}
+    wanted = [name for name, kind in kinds.items() if kind in READ_NAMES]
+    unread = [name for name in wanted if not readable(kinds[name])]
+    unread += [name for name, kind in kinds.items() if kind in OTHER_NAMES]
+    return [name for name in wanted if name not in unread], sorted(unread)
+
+
 def _captions(images_dir: Path, names: list[str], name: str) -> dict[str, str]:
     """Captions from the text files beside the pictures."""
     captions = {}
@@ -317,16 +343,16 @@ def _captions(images_dir: Path, names: list[str], name: str) -> dict[str, str]:
 # -- writing -------------------------------------------------------------------------------------
 
 
-def _write_pictures(images_dir: Path, names: list[str], folder: Path) -> None:
+def _write_pictures(found: Findings, images_dir: Path, names: list[str], folder: Path) -> None:
     """Writes ``0.png``, ``1.png``, ... upright and without metadata."""
-    found = Findings()
     for number, image in enumerate(names):
         try:
-            picture = ImageOps.exif_transpose(open_image(image, images_dir))
+            picture = open_image(image, images_dir, alpha=True)
+            for told in image_header(image, images_dir).notes:
+                found.note(image, "", "", *told)
         except ImageError as error:
             found.picture(image, images_dir, error)
             continue
-        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
         clean = Image.frombytes(picture.mode, picture.size, picture.tobytes())
         clean.save(folder / f"{number}.png")
     if found.failed:

@@ -32,7 +32,7 @@ from unichar_jax.data.character import (
     Split,
     VisualQuestion,
 )
-from unichar_jax.data.images import ImageError, image_header
+from unichar_jax.data.images import OTHER_NAMES, READ_NAMES, ImageError, image_header
 from unichar_jax.errors import UserError
 from unichar_jax.records import DataError, Finding, Findings, Record, shown
 
@@ -40,7 +40,6 @@ SERIES = ("Friends-", "Genshin-", "Harry Potter-", "Mahjong Soul-", "Pokemon-")
 """Prefixes of folder names that are not part of a character's name."""
 
 _IMAGE_ID = re.compile(r"[\w][\w .-]*", re.UNICODE)
-_OTHER_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _CHECK = "Run `unichar data check` on the folder for the full list."
 
 
@@ -180,7 +179,7 @@ class _Folder:
                 image = self._image(path.name)
                 if image:
                     self.images[image.id] = image
-            elif path.suffix.lower() in _OTHER_PICTURES:
+            elif path.suffix.lower() in (*READ_NAMES, *OTHER_NAMES):
                 self.found.note(
                     path.name,
                     "",
@@ -203,14 +202,16 @@ class _Folder:
 
     def _image(self, name: str) -> ImageFile | None:
         try:
-            kind, mode, (width, height) = image_header(name, self.folder)
+            header = image_header(name, self.folder)
         except ImageError as error:
             self.found.picture(name, self.folder, error)
             return None
-        if kind != "PNG":
-            self.found.note(name, "", "", "PNG content", kind, "read as what it is; nothing to do")
-        path = self.folder / name
-        return ImageFile(name.removesuffix(".png"), path, width, height, kind, mode)
+        if header.format != "PNG":
+            self.found.note(name, "", "", "PNG content", header.format, "read as what it is; nothing to do")
+        for told in header.notes:
+            self.found.note(name, "", "", *told)
+        kind, mode, width, height = header.format, header.mode, header.width, header.height
+        return ImageFile(name.removesuffix(".png"), self.folder / name, width, height, kind, mode)
 
     def _image_of(self, record: Record, field: str, seen: set[str]) -> ImageFile | None:
         """The picture that a record names; each may be named once in a list."""

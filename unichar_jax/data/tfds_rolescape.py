@@ -28,7 +28,7 @@ from typing import Any, ClassVar, cast
 import tensorflow_datasets as tfds
 
 from unichar_jax.data.character import Character, ChoiceQuestion, ImageFile, Split
-from unichar_jax.data.images import open_image, to_rgb
+from unichar_jax.data.images import image_header, open_image
 from unichar_jax.data.rolescape import find_characters, read_character
 from unichar_jax.errors import UserError, did_you_mean
 
@@ -163,7 +163,7 @@ class Rolescape20(tfds.core.GeneratorBasedBuilder):
         """Reads everything once, pixels too: TFDS copies picture files unseen."""
         for folder in self._folders(root):
             for image in read_character(folder).images:
-                open_image(image.path.name, folder)
+                open_image(image.path)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager  # the Hub's own client downloads, with its own cache and resume
@@ -289,8 +289,8 @@ def _choice(item: ChoiceQuestion) -> dict[str, str]:
 
 def _picture(image: ImageFile, character: Character, scratch: Path) -> str:
     """A file that every decoder reads as RGB; TFDS takes paths without importing TensorFlow."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and image_header(image.path).orientation == 1:
         return str(image.path)
     path = scratch / f"{character.split}-{character.dir_name}-{image.id}.png"
-    to_rgb(open_image(image.path.name, character.folder)).save(path)
+    open_image(image.path).save(path)
     return str(path)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unichar_jax.data.images import open_image, to_rgb
+from unichar_jax.data.images import open_image
 from unichar_jax.errors import UserError
 
 MAX_ANSWER = 8 * 2**20
@@ -91,7 +91,7 @@ def chat(endpoint: Endpoint, prompt: str, image: Path | None = None) -> str:
 
 
 def _data_url(path: Path) -> str:
-    image = to_rgb(open_image(path.name, path.parent))
+    image = open_image(path)
     image.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from unichar_jax.data.images import open_image, to_rgb
+from unichar_jax.data.images import open_image
 from unichar_jax.evaluation.items import Case
 from unichar_jax.evaluation.outputs import Output
 from unichar_jax.evaluation.rater import Rater
@@ -229,8 +229,7 @@ def _share(wanted: Mapping[str, str], read: Mapping[str, str]) -> float | None:
 
 
 def _open(path: str | Path) -> np.ndarray:
-    path = Path(path)
-    return np.asarray(to_rgb(open_image(path.name, path.parent)))
+    return np.asarray(open_image(path))
 
 
 def _alike(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:

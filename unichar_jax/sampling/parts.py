@@ -16,7 +16,7 @@ from PIL import Image
 
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.data import images as image_io
-from unichar_jax.data.images import ImageError, ImageTransform, patchify, position_ids
+from unichar_jax.data.images import ImageTransform, patchify, position_ids
 from unichar_jax.errors import UserError
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.sampling import pixels
@@ -50,22 +50,8 @@ class Transforms:
 
 
 def open_picture(image: ImageLike) -> Image.Image:
-    """A picture from a path, or as it is; the bounds of ``data.images`` apply.
-
-    Raises:
-      ImageError: not a picture, or one too large to be decoded safely.
-    """
-    if isinstance(image, (str, Path)):
-        path = Path(image)
-        return image_io.open_image(path.name, path.parent)
-    if not isinstance(image, Image.Image):
-        raise ImageError(f"expected a picture or a path, got {type(image).__name__}.")
-    if image.width * image.height > image_io.MAX_PIXELS:
-        raise ImageError(
-            f"the picture has {image.width}x{image.height} pixels; at most {image_io.MAX_PIXELS} are"
-            " taken. Give a smaller copy."
-        )
-    return image
+    """A picture from a path, or one that the caller opened, as the model sees it; raises as the door does."""
+    return image_io.open_image(image)
 
 
 @dataclass(frozen=True)
@@ -98,7 +84,7 @@ class PartMaker:
 
     def look(self, image: ImageLike) -> Picture:
         """A picture to look at."""
-        picture, transform = image_io.to_rgb(open_picture(image)), self.transforms.look
+        picture, transform = open_picture(image), self.transforms.look
         if self.as_shipped:
             picture = self.transforms.draw.resize(picture)
             smallest = 16 * transform.stride  # 224 pixels for BAGEL
@@ -113,7 +99,7 @@ class PartMaker:
         """A picture as clean latents, for drawing another from it; the posterior's mean."""
         if self.autoencoder is None:
             raise UserError("there is no autoencoder, so no picture can be given; load one.")
-        values = self.transforms.draw(image_io.to_rgb(open_picture(image)))
+        values = self.transforms.draw(open_picture(image))
         patch = self.cfg.latent_patch_size
         latents = pixels.encode_images(self.autoencoder, values[None], patch)
         grid = position_ids(*self.grid(values.shape[:2]), self.cfg.max_latent_size)

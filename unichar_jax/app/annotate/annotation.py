@@ -19,7 +19,7 @@ import numpy as np
 from unichar_jax.app.annotate.asking import Answers, Collected, Item, Taken, collect
 from unichar_jax.app.annotate.kinds import DIFFICULTIES, Facts
 from unichar_jax.data.character import Character, Dialogue, ImageFile, Scene
-from unichar_jax.data.images import open_image, to_rgb
+from unichar_jax.data.images import open_image
 from unichar_jax.data.rolescape import read_character
 from unichar_jax.errors import UserError
 
@@ -156,7 +156,7 @@ def _held_out(character: Character, count: int) -> tuple[ImageFile, ...]:
 
 def _look(image: ImageFile) -> np.ndarray:
     """A picture at a glance, float32 ``[16, 16, 3]`` in [0, 1]: near copies have near glances."""
-    small = to_rgb(open_image(image.path.name, image.path.parent)).resize((16, 16))
+    small = open_image(image.path).resize((16, 16))
     return np.asarray(small, np.float32) / 255
 
 

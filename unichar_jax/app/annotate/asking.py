@@ -14,6 +14,7 @@ from threading import Lock
 from typing import Any
 
 from unichar_jax.app.annotate.kinds import KINDS, Facts, Reject, Value, plain
+from unichar_jax.data.images import content_of
 
 Ask = Callable[[str, Path | None], str]
 """A prompt and a picture to the model's answer."""
@@ -89,7 +90,7 @@ class Answers:
 
     def __call__(self, prompt: str, image: Path | None, attempt: int) -> str:
         """The answer; ``attempt`` tells apart when the same is asked again."""
-        seen = hashlib.sha256(image.read_bytes()).hexdigest() if image else ""
+        seen = content_of(image) if image else ""
         told = json.dumps([self._who, prompt, seen, attempt])
         key = hashlib.sha256(told.encode()).hexdigest()[:24]
         if key not in self._known:

@@ -19,7 +19,7 @@ from unichar_jax.app.annotate.asking import Collected, Item
 from unichar_jax.app.annotate.kinds import KINDS
 from unichar_jax.app.annotate.writing import Decisions
 from unichar_jax.data.character import ImageFile
-from unichar_jax.data.images import open_image, to_rgb
+from unichar_jax.data.images import open_image
 
 _SIDE = 256
 
@@ -111,7 +111,7 @@ def _refusals(part: Collected) -> str:
 
 
 def _figure(image: ImageFile, held_out: bool) -> str:
-    picture = to_rgb(open_image(image.path.name, image.path.parent))
+    picture = open_image(image.path)
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)

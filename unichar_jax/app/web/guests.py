@@ -155,7 +155,7 @@ def _guest(
     return replace(
         made,
         pictures=tuple(
-            (shown(open_image(i.path.name, i.path.parent), SIDE), captions.get(i.id, f"Picture {i.id}"))
+            (shown(open_image(i.path), SIDE), captions.get(i.id, f"Picture {i.id}"))
             for i in character.images[:MOST_PICTURES]
         ),
         greetings=tuple(dict.fromkeys(s.user for s in character.scenes))[:4],

@@ -9,10 +9,19 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from unichar_jax.app.web.settings import Refused
-from unichar_jax.data.images import FORMATS, to_rgb
+from unichar_jax.data.images import (
+    FORMATS,
+    MIN_SIDE,
+    ImageError,
+    LargeImageError,
+    SmallImageError,
+    UnknownImageError,
+    open_image,
+    to_rgb,
+)
 
 LARGEST = 1024
 """Longer side of a picture that is kept."""
@@ -31,7 +40,7 @@ class Shown:
 
     def image(self) -> Image.Image:
         """Its pixels."""
-        return Image.open(io.BytesIO(self.data)).convert("RGB")
+        return open_image(self.data)
 
 
 def shown(image: Image.Image, largest: int = LARGEST) -> Shown:
@@ -52,22 +61,20 @@ def read_upload(data: bytes, max_pixels: int) -> Shown:
       Refused: not a picture of a known format, too many pixels, or broken.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise Refused(413, "The picture has too many pixels; please send a smaller copy.") from None
-    except Exception:
-        raise Refused(415, f"That is not a picture I can read; please send {', '.join(FORMATS)}.") from None
-    width, height = image.size
-    if width * height > max_pixels:
+        made = shown(open_image(data, max_pixels=max_pixels, near=LARGEST))
+    except LargeImageError as error:
         raise Refused(
             413,
-            f"The picture has {width}x{height} pixels; at most {max_pixels // 10**6} million are taken."
+            f"The picture has too many pixels ({error.got}); at most {max_pixels // 10**6} million are taken."
             " Please send a smaller copy.",
-        )
-    if min(width, height) < 8:
-        raise Refused(415, f"The picture is only {width}x{height} pixels; please send a larger one.")
-    try:
-        image.draft("RGB", (LARGEST, LARGEST))  # a JPEG is decoded at about the size it is needed in
-        return shown(ImageOps.exif_transpose(image))
-    except Exception:  # whatever a decoder says of a broken file
+        ) from None
+    except SmallImageError as error:
+        raise Refused(415, str(error).replace("the picture", "The picture", 1)) from None
+    except UnknownImageError as error:
+        told = f"That is not a picture I can read ({error.got}); please send {', '.join(FORMATS)}."
+        raise Refused(415, told) from None
+    except ImageError:
         raise Refused(415, "The picture is broken; please save it again and send that.") from None
+    if min(made.width, made.height) < MIN_SIDE:
+        raise Refused(415, "The picture is too thin to be looked at; please cut a piece out and send that.")
+    return made

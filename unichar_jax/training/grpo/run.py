@@ -21,7 +21,7 @@ from unichar_jax.checkpoint.manager import CheckpointManager
 from unichar_jax.checkpoint.remote import RunFolder, fetched
 from unichar_jax.config import presets
 from unichar_jax.config.grpo import GRPOConfig
-from unichar_jax.data.images import ImageError, open_image
+from unichar_jax.data.images import READ_NAMES, ImageError, open_image
 from unichar_jax.data.rl_prompts import RLPrompt, read_rl_prompts
 from unichar_jax.errors import UserError
 from unichar_jax.models.unified import UnifiedModel
@@ -46,8 +46,6 @@ from unichar_jax.training.writers import make_writers
 Observer = Callable[[int, Sequence[RLPrompt], np.ndarray, Scores], None]
 """``(rounds done, prompt of each picture, pictures uint8 [B, H, W, 3], scores)``."""
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-
 
 def split_prompts(prompts: Sequence[RLPrompt], held_out: int) -> tuple[list[RLPrompt], list[RLPrompt]]:
     """Training and held-out prompts; which are held out depends on their texts alone, not on their order."""
@@ -66,7 +64,7 @@ def split_prompts(prompts: Sequence[RLPrompt], held_out: int) -> tuple[list[RLPr
 
 def read_references(folder: Path) -> References:
     """The character's pictures in a folder, in order of their names; what is no picture is an error."""
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in READ_NAMES)
     try:
         return References.of(open_image(name, folder) for name in names)
     except ImageError as error:
