@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from unichar_jax.checkpoint import runs, store
+from unichar_jax.checkpoint import convert, runs, store
 from unichar_jax.config.model import model_preset
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
+from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.unified import UnifiedModel
 
 
 def test_a_relative_path_is_as_good_as_an_absolute_one(tmp_path, monkeypatch):
     cfg = model_preset("debug")
-    store.save_model(tmp_path / "model", params.initialize(UnifiedModel(cfg), 0), cfg)
+    model, autoencoder = (params.initialize(m, 0) for m in (UnifiedModel(cfg), Autoencoder(cfg.autoencoder)))
+    store.write_bagel(tmp_path / "torch", model, cfg, autoencoder)
+    convert.convert(tmp_path / "torch", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     loaded = store.load_model("model")
     assert params.count(loaded) == params.count(UnifiedModel(cfg))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unichar_jax.checkpoint import store, table, writing
+from unichar_jax.checkpoint import convert, store, table, writing
 from unichar_jax.data.tokenizer import load_tokenizer
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
@@ -47,7 +47,7 @@ def test_bagel_directory_loads_stacked(bagel: Path) -> None:
 def test_both_kinds_hold_the_same(bagel: Path, tmp_path: Path) -> None:
     cfg = store.load_config(bagel)
     model, autoencoder = store.load_model(bagel), store.load_autoencoder(bagel)
-    store.save_model(tmp_path / "orbax", model, cfg, autoencoder, tokenizer_files_from=bagel)
+    convert.convert(bagel, tmp_path / "orbax")
     store.write_bagel(tmp_path / "torch", model, cfg, autoencoder, tokenizer_files_from=bagel)
     for folder in (tmp_path / "orbax", tmp_path / "torch"):
         assert store.load_config(folder) == cfg
@@ -74,7 +74,7 @@ def test_dtype_casts_the_model(bagel: Path, tmp_path: Path, kind: str) -> None:
     folder, exact = bagel, store.load_model(bagel)
     if kind == "orbax":
         folder = tmp_path / "orbax"
-        store.save_model(folder, exact, store.load_config(bagel))
+        convert.convert(bagel, folder)
     model = store.load_model(folder, dtype=jnp.bfloat16)
     assert_equal_trees(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact))
 
@@ -130,7 +130,7 @@ print("ok")
 
 
 def test_loads_onto_a_mesh(bagel: Path, tmp_path: Path) -> None:
-    store.save_model(tmp_path / "orbax", store.load_model(bagel), store.load_config(bagel))
+    convert.convert(bagel, tmp_path / "orbax")
     flags = "--xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
@@ -172,14 +172,13 @@ def test_save_leaves_an_existing_directory_alone(bagel: Path, tmp_path: Path) ->
     target.mkdir()
     (target / "keep").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        store.save_model(target, model, cfg)
+        store.write_bagel(target, model, cfg)
     assert [p.name for p in target.iterdir()] == ["keep"]
 
 
 def test_damaged_orbax_item(bagel: Path, tmp_path: Path) -> None:
-    cfg = store.load_config(bagel)
     folder = tmp_path / "orbax"
-    store.save_model(folder, store.load_model(bagel), cfg, store.load_autoencoder(bagel))
+    convert.convert(bagel, folder)
     for data in (folder / "model").rglob("d"):
         shutil.rmtree(data)
     with pytest.raises(UserError, match=r"orbax/model: cannot be read"):

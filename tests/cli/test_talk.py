@@ -31,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small base and two characters around it: ``ann`` says who she is, ``bob`` does not."""
     folder = tmp_path_factory.mktemp("home")
     write_debug_tokenizer(folder / "tokenizer")
-    store.save_model(
+    store.write_bagel(
         folder / "base",
         params.initialize(UnifiedModel(CFG), 0),
         CFG,

@@ -1,5 +1,7 @@
 """Every published row is derived byte for byte; samples carry the loss where it belongs."""
 
+import json
+
 import pytest
 
 from unichar_jax.data import templates
@@ -10,7 +12,6 @@ from unichar_jax.data.tasks import (
     TEST_SETS,
     VLM_TASKS,
     eval_items,
-    processed_line,
     processed_rows,
     samples,
 )
@@ -26,7 +27,7 @@ def test_published_rows_byte_for_byte(rolescape_dir):
             kind = "t2i" if task in T2I_TASKS else "vlm"
             path = folder / "processed" / kind / f"{character.name}_{task}.jsonl"
             rows = processed_rows(character, task)
-            derived = "".join(f"{processed_line(row)}\n" for row in rows).encode()
+            derived = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
             assert derived == path.read_bytes(), path
             compared += 1
     assert compared == 6 * 9 + 6 * 4

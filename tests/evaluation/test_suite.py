@@ -14,7 +14,7 @@ from unichar_jax.evaluation import tables
 from unichar_jax.evaluation.items import TASKS, items
 from unichar_jax.evaluation.outputs import OutputStore
 from unichar_jax.evaluation.pictures import Instruments
-from unichar_jax.evaluation.results import Results, difference, pooled
+from unichar_jax.evaluation.results import Results, difference
 from unichar_jax.evaluation.subject import Piped
 from unichar_jax.evaluation.suite import Plan, collect, draw_seed, evaluate, known_tasks, measure, originals
 from workshop.miniworld.texts import attributes_in_text
@@ -231,15 +231,6 @@ def test_a_narrow_terminal_keeps_numbers_whole(pip, tmp_path):
     table = shown[: shown.index("Intervals are in the report")]
     assert "right answer" in table and "25.0 %" in table and "+0.0" in table
     assert "[" not in table and "…" not in table
-
-
-def test_training_seeds_are_pooled_side_by_side(pip, tmp_path):
-    runs = [run(Scripted(fingerprint=str(i)), pip, tmp_path, Plan(("t2i",))) for i in range(3)]
-    together = pooled("three seeds", runs)
-    assert len(together.records) == 3 * len(runs[0].records)
-    values = together.values("t2i", "copied")["Pip"]
-    assert all(len(seeds) == 9 for seeds in values.values())
-    assert together.interval("t2i", "copied").items == 3
 
 
 def test_names_and_numbers_are_checked():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,23 +12,12 @@ from unichar_jax.scoring.base import (
     FeatureCache,
     References,
     ScoreContext,
+    checked_scores,
     group_table,
     in_batches,
-    score_all,
     weighted_sum,
 )
 
-
-@dataclass
-class Constant:
-    name: str
-    scores: object
-
-    def __call__(self, images, context):
-        return self.scores
-
-
-IMAGES = jnp.zeros((2, 4, 4, 3))
 CONTEXT = ScoreContext(["a", "b"], np.arange(2))
 
 
@@ -45,7 +32,7 @@ def test_references_are_composited_on_white_and_known_by_content():
 
 
 def test_scores_by_name_and_their_sum():
-    scores = score_all([Constant("a", [1, 2]), Constant("b", jnp.ones(2))], IMAGES, CONTEXT)
+    scores = {name: checked_scores(name, x, CONTEXT) for name, x in (("a", [1, 2]), ("b", jnp.ones(2)))}
     np.testing.assert_array_equal(weighted_sum(scores, {"a": 0.5}), [0.5, 1.0])
     np.testing.assert_array_equal(weighted_sum(scores, {"a": 0.5, "b": -1}), [-0.5, 0.0])
     with pytest.raises(UserError, match=r"no scorer 'aa' \(did you mean 'a'\?\)"):
@@ -57,7 +44,7 @@ def test_scores_by_name_and_their_sum():
 @pytest.mark.parametrize("scores", [[1.0], np.full((2, 1), 1.0), [1, np.nan]])
 def test_a_scorer_that_returns_nonsense_is_named(scores):
     with pytest.raises(UserError, match="scorer 'odd'"):
-        score_all([Constant("odd", scores)], IMAGES, CONTEXT)
+        checked_scores("odd", scores, CONTEXT)
 
 
 def test_group_table():

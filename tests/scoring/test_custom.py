@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unichar_jax.errors import UserError
-from unichar_jax.scoring.base import ScoreContext, score_all
+from unichar_jax.scoring.base import ScoreContext, checked_scores
 from unichar_jax.scoring.custom import CustomScorer
 
 IMAGES = jnp.linspace(0, 1, 3 * 4 * 4 * 3).reshape(3, 4, 4, 3)
@@ -34,9 +34,11 @@ def test_gets_pictures_and_context_and_may_import_its_neighbours(write, tmp_path
             return [FACTOR * image.mean() + len(prompt) for image, prompt in zip(images, context.prompts)]
         """
     )
-    got = score_all([CustomScorer(spec)], IMAGES, CONTEXT)
+    scorer = CustomScorer(spec)
+    assert scorer.name == "reward"
+    got = checked_scores(scorer.name, scorer(IMAGES, CONTEXT), CONTEXT)
     expected = 2 * np.asarray(IMAGES).mean(axis=(1, 2, 3)) + [1, 2, 3]
-    np.testing.assert_allclose(got["reward"], expected, rtol=1e-6)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     head = model.latent_out.kernel
     head[...] = jnp.asarray(np.random.default_rng(0).normal(size=head.shape, scale=0.3), jnp.float32)
     autoencoder = params.initialize(Autoencoder(CFG.autoencoder), 5)
-    store.save_model(folder / "base", model, CFG, autoencoder, tokenizer_files_from=folder / "tokenizer")
+    store.write_bagel(folder / "base", model, CFG, autoencoder, tokenizer_files_from=folder / "tokenizer")
     return folder / "base"
 
 

@@ -42,10 +42,6 @@ WHOLE_FILE, CHARACTER_FILE = "whole.safetensors", "character.json"
 FOLDER = "lora"  # in a run's directory
 
 
-def is_lora(folder: str | Path) -> bool:
-    return (Path(folder) / CONFIG_FILE).is_file()
-
-
 def character_of(folder: Path) -> dict[str, str] | None:
     """Who the adapters of a folder play (name, description, opening), if it says so."""
     if not (folder / CHARACTER_FILE).is_file():

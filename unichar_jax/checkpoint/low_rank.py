@@ -66,10 +66,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every array that changed, and the arrays that are the same."""
+    """What became of every array that changed."""
 
     rows: tuple[Row, ...]
-    unchanged: int
 
     @property
     def relative_loss(self) -> float:
@@ -159,7 +158,7 @@ def difference(
     whole = (kept, new.read(list(kept))) if kept else None
     lora_file.save(dst, adapters, cfg, base=str(base), whole=whole, character=character)
     settled = (replace(r, kept="whole", lost=0.0) if r.name in kept else r for r in rows)
-    return Report(tuple(settled), unchanged=len(names) - len(rows))
+    return Report(tuple(settled))
 
 
 def _open(finetune: Path, base: Path, dst: Path, item: str | None) -> tuple[ModelConfig, Weights, Weights]:

@@ -244,33 +244,6 @@ def unstack(declared: Any, module: Any) -> dict[str, Any]:
 # -- writing whole modules (small models; convert.py streams the big ones) ----------------------------------
 
 
-def save_model(
-    path: str | Path,
-    model: Any,
-    cfg: ModelConfig,
-    autoencoder: Any | None = None,
-    *,
-    tokenizer_files_from: str | Path | None = None,
-    dtype: Any = None,
-) -> None:
-    """Writes a model directory (Orbax) from filled modules.
-
-    Args:
-      path: a new directory; it appears when it is complete.
-      model: a filled ``UnifiedModel``.
-      cfg: its sizes.
-      autoencoder: a filled ``Autoencoder``, kept in its own dtype.
-      tokenizer_files_from: a directory with the tokenizer files.
-      dtype: of the written model; by default its own.
-    """
-    parts = _parts(model, cfg, autoencoder, dtype)
-    with writing.staging(path) as folder:
-        for part, (arrays, _) in parts.items():
-            writing.write_item(folder / part, arrays.items())
-        writing.write_companions(folder, cfg, None, _path(tokenizer_files_from))
-        writing.write_format(folder, **_format(parts))
-
-
 def write_bagel(
     path: str | Path,
     model: Any,
@@ -280,7 +253,16 @@ def write_bagel(
     tokenizer_files_from: str | Path | None = None,
     dtype: Any = None,
 ) -> None:
-    """Writes a BAGEL directory (safetensors) from filled modules; arguments as ``save_model``."""
+    """Writes a BAGEL directory (safetensors) from filled modules.
+
+    Args:
+      path: a new directory; it appears when it is complete.
+      model: a filled ``UnifiedModel``.
+      cfg: its sizes.
+      autoencoder: a filled ``Autoencoder``, kept in its own dtype.
+      tokenizer_files_from: a directory with the tokenizer files.
+      dtype: of the written model; by default its own.
+    """
     parts = _parts(model, cfg, autoencoder, dtype)
     with writing.staging(path) as folder:
         for part, (arrays, entries) in parts.items():
@@ -312,13 +294,6 @@ def _parts(
         entries = table.autoencoder_table(cfg.autoencoder)
         out[AUTOENCODER] = ({n: np.asarray(x) for n, x in flat.items()}, entries)
     return out
-
-
-def _format(parts: Mapping[str, tuple[dict[str, np.ndarray], Any]]) -> dict[str, Any]:
-    return {
-        "dtype": {p: str(next(iter(arrays.values())).dtype) for p, (arrays, _) in parts.items()},
-        "parameters": {p: sum(x.size for x in arrays.values()) for p, (arrays, _) in parts.items()},
-    }
 
 
 def _path(path: str | Path | None) -> Path | None:

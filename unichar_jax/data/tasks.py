@@ -2,8 +2,7 @@
 
 Three views of the same derivation, all from the raw JSON and the templates:
 
-* :func:`processed_rows` gives the rows of the published ``processed/*.jsonl`` files, as parsed JSON;
-  :func:`processed_line` writes one as published, byte for byte.
+* :func:`processed_rows` gives the rows of the published ``processed/*.jsonl`` files, as parsed JSON.
 * :func:`samples` gives what training needs: a :class:`Sample` is a plan of text and image parts, each
   saying whether it carries a loss and whether guidance dropout may omit it.
 * :func:`eval_items` gives the questions of the test sets, with what is known of their answers.
@@ -18,7 +17,6 @@ Source: UniCharacter (arXiv 2605.08129), data preparation and SFT loaders.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -111,11 +109,6 @@ def processed_rows(character: Character, task: str) -> list[dict[str, Any]]:
     _known(task, TASKS, "task")
     rows = _t2i_rows if task in T2I_TASKS else _vlm_rows
     return list(rows(character, task))
-
-
-def processed_line(row: dict[str, Any]) -> str:
-    """A row as the published files spell it, without its line end."""
-    return json.dumps(row, ensure_ascii=False)
 
 
 def _image_row(character: Character, image: ImageFile) -> str:

@@ -1,6 +1,6 @@
 """What an evaluation found: measurements item by item, and what follows from them.
 
-Means and intervals are derived when asked for, so results that were saved can be compared in pairs and pooled
+Means and intervals are derived when asked for, so results that were saved can be compared in pairs
 later. Everything is plain JSON. Nothing here asks a model.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -222,16 +222,3 @@ def difference(
 ) -> Interval | None:
     """``second - first`` over the items and seeds that both have."""
     return paired_difference(first.values(task, metric, character), second.values(task, metric, character))
-
-
-def pooled(label: str, results: Iterable[Results]) -> Results:
-    """Repetitions of one experiment (say, of three training seeds) as one: their seeds lie side by side."""
-    runs = list(results)
-    records = []
-    for number, run in enumerate(runs):
-        stride = 1 + max((r.seed for run in runs for r in run.records), default=0)
-        records += [Record(**{**asdict(r), "seed": number * stride + r.seed}) for r in run.records]
-    rewarded = tuple(sorted({name for run in runs for name in run.rewarded}))
-    left_out = {name: why for run in runs for name, why in run.left_out.items()}
-    fingerprint = "+".join(run.fingerprint for run in runs)
-    return Results(label, fingerprint, tuple(records), rewarded, left_out, {"pooled": len(runs)})

@@ -83,10 +83,6 @@ def uniform_fan_in(fan_in: int) -> Initializer:
 # -- operations on trees of declarations -------------------------------------------------------------------
 
 
-def is_spec(x: Any) -> bool:
-    return isinstance(x, ArraySpec)
-
-
 def stacked(module: M, num_layers: int) -> M:
     """The same module with a leading ``layers`` dimension on every declaration."""
 

@@ -3,8 +3,8 @@
 A ``Scorer`` has a name and is called with a batch of pictures and a ``ScoreContext`` that says what was
 asked for, which pictures belong together, and what the character looks like. It keeps no state that a
 caller can see (features of references and prompts are cached by their content), so one scorer serves many
-characters and any order of calls. ``score_all`` runs several and checks what each returns;
-``weighted_sum`` makes a reward of it. A scorer decides nothing about training: advantages, clipping and
+characters and any order of calls. ``checked_scores`` says what is wrong with what one
+returns; ``weighted_sum`` makes a reward of several. A scorer decides nothing about training: advantages, clipping and
 logging are elsewhere.
 """
 
@@ -80,17 +80,6 @@ class Scorer(Protocol):
         the order of pictures, nor on the device that each is on.
         """
         ...
-
-
-def score_all(scorers: Iterable[Scorer], images: jax.Array, context: ScoreContext) -> dict[str, np.ndarray]:
-    """Runs every scorer on the same pictures: ``{name: float32 [N]}``.
-
-    Raises:
-      UserError: a scorer returned another shape or a number that is not finite.
-    """
-    if images.shape[0] != len(context.prompts):
-        raise ValueError(f"{images.shape[0]} pictures, {len(context.prompts)} prompts")
-    return {s.name: checked_scores(s.name, s(images, context), context) for s in scorers}
 
 
 def checked_scores(name: str, scores: Any, context: ScoreContext) -> np.ndarray:

@@ -251,10 +251,3 @@ def struct(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt": state.opt}
-
-
-def run_dir(path: str | Path) -> Path:
-    """The run's directory, made if absent."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    return path

@@ -54,10 +54,6 @@ class Layout:
 
     module: Any
 
-    @property
-    def specs(self) -> dict[str, params.ArraySpec]:
-        return params.flat(self.module)
-
     def assemble(self, *parts: Arrays) -> Any:
         """The module with its arrays, from dictionaries that together hold every name once."""
         arrays = {k: v for part in parts for k, v in part.items()}
