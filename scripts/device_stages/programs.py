@@ -18,30 +18,32 @@ from device_stages.kernels import name_device
 from device_stages.measure import clock, part, peak_gib, say
 
 from unichar_jax.config import presets
+from unichar_jax.config.compute import Compute
 from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.config.model import ModelConfig, model_preset
 from unichar_jax.config.train import SFTConfig
 from unichar_jax.data.rl_prompts import RLPrompt
 from unichar_jax.models import kernels, params
 from unichar_jax.models.autoencoder import Autoencoder
-from unichar_jax.models.decoder import Compute
 from unichar_jax.models.lora import attach
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
+from unichar_jax.plan import bench
+from unichar_jax.plan.grpo import evaluation_flops
 from unichar_jax.sampling.engine import Engine, EngineConfig
 from unichar_jax.sampling.flow import FlowSettings, Guidance
 from unichar_jax.sampling.text import TextSettings
-from unichar_jax.training import bench
 from unichar_jax.training import state as state_lib
-from unichar_jax.training.grpo.cost import evaluation_flops
 from unichar_jax.training.grpo.rewards import Scores
 from unichar_jax.training.grpo.rollouts import Round
 from unichar_jax.training.grpo.trainer import Trainer
 from unichar_jax.training.optimizer import make_optimizer
-from unichar_jax.training.sft import declare
+from unichar_jax.training.start import declare
 
 TOKENS = 12_288
 """Of a row of the training step."""
+FEW = 8
+"""Points of a short drawing. It has guided steps and others, so it compiles whatever one with more points needs."""
 
 
 def model_of(small: bool, layers: int | None = None) -> ModelConfig:
@@ -171,22 +173,25 @@ def draw(small: bool) -> None:
     """
     prompt = "a lamp on a hill in the rain, drawn with great care " * 2
     wide, narrow = (64, 32) if small else (1024, 512)
-    with engine(small) as one:
-        for side, count, points in ((wide, 1, 50), (narrow, 1, 50), (narrow, 8, 8), (wide, 8, 8)):
-            points = min(points, 4) if small else points
-            what = f"draw {side} px, {points} points, {count} at a time"
-            settings = FlowSettings(points, 3.0, Guidance(4.0, interval=(0.4, 1.0)))
 
-            def picture(seed: int, side=side, count=count, settings=settings) -> float:
-                return clock(
-                    lambda: one.generate_images([prompt], count, settings, size=(side, side), seed=seed)
-                )
+    def settings(points: int) -> FlowSettings:
+        return FlowSettings(points, 3.0, Guidance(4.0, interval=(0.4, 1.0)))
+
+    with engine(small) as one:
+        for side, count, points in ((wide, 1, 50), (narrow, 1, 50), (narrow, 8, FEW), (wide, 8, FEW)):
+            points = FEW if small else points
+            what = f"draw {side} px, {points} points, {count} at a time"
+
+            def picture(seed: int, points: int, side: int = side, count: int = count) -> float:
+                drawing = settings(points)
+                size = (side, side)
+                return clock(lambda: one.generate_images([prompt], count, drawing, size=size, seed=seed))
 
             with part(what):
-                first, took = picture(0), picture(1)
+                first, took = picture(0, FEW), picture(1, points)
                 if took < 6:
-                    took = min(took, picture(2))
-                evaluations = sum((b - a) * (2 if guided else 1) for a, b, guided in settings.runs())
+                    took = min(took, picture(2, points))
+                evaluations = sum((b - a) * (2 if guided else 1) for a, b, guided in settings(points).runs())
                 latents = (side // one.cfg.pixels_per_latent) ** 2
                 work = count * evaluations * evaluation_flops(one.cfg, latents, 128)
                 say(
