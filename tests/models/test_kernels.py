@@ -24,7 +24,11 @@ from unichar_jax.models.vision import VisionTower
 from unichar_jax.parallel.mesh import make_mesh
 
 ROWS, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 150, 4, 2, 24
-FAST = {"chunked": Chunked(chunk=64), "splash_interpret": kernels.KERNELS["splash_interpret"]}
+FAST = {
+    "chunked": Chunked(chunk=64),
+    "flash_interpret": kernels.KERNELS["flash_interpret"],
+    "splash_interpret": kernels.KERNELS["splash_interpret"],
+}
 
 # A span of a sample: causal text, a clean image, or a noised one. A row: samples, then padding, all shuffled.
 span = st.tuples(st.sampled_from(["text", "clean", "noised"]), st.integers(1, 30))

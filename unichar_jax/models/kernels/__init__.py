@@ -1,6 +1,7 @@
 """The attention kernels by name. Each has ``prepare(q_meta, k_meta) -> data`` and ``run(data, q, k, v)``.
 
-``reference`` holds all scores; ``chunked`` runs on anything without L^2 memory; ``splash`` is the TPU's.
+``reference`` holds all scores; ``chunked`` runs on anything without L^2 memory; ``splash`` is the TPU's, ``flash``
+NVIDIA's.
 ``auto`` takes the best one for the platform and says once in the log which and why. A kernel that is asked
 for by name and cannot run is an error, never another kernel.
 
@@ -17,6 +18,7 @@ import jax
 
 from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.models.kernels.chunked import Chunked
+from unichar_jax.models.kernels.flash import Flash
 from unichar_jax.models.kernels.reference import Reference
 from unichar_jax.models.kernels.sharded import platform
 from unichar_jax.models.kernels.splash import Splash
@@ -42,6 +44,8 @@ class Kernel(Protocol):
 KERNELS: dict[str, Kernel] = {
     "reference": Reference(),
     "chunked": Chunked(),
+    "flash": Flash(),
+    "flash_interpret": Flash(interpret=True),
     "splash": Splash(),
     "splash_interpret": Splash(interpret=True),
 }

@@ -26,6 +26,12 @@ def platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
+def device_kind() -> str:
+    """What the devices of the current mesh, else the default device, call themselves, such as ``NVIDIA H100``."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device or jax.devices()[0]).device_kind
+
+
 def per_device(f: Callable[..., Any], rows: Any, *heads: jax.Array) -> Any:
     """``f(rows, *heads)`` on every device's part.
 
