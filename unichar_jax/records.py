@@ -237,6 +237,16 @@ class Record:
             return (low,)
         return tuple(value)
 
+    def numbers(self, field: str, count: int, low: float, high: float) -> tuple[float, ...]:
+        """A list of ``count`` numbers within ``[low, high]``."""
+        value = self.data.get(field)
+        values = value if isinstance(value, list) else []
+        good = len(values) == count and all(type(v) in (int, float) and low <= v <= high for v in values)
+        if not good:
+            self._wrong(field, f"a list of {count} numbers from {low:g} to {high:g}", value)
+            return (low,) * count
+        return tuple(map(float, values))
+
     def flag(self, field: str, default: bool = False) -> bool:
         value = self.data.get(field, default)
         if not isinstance(value, bool):

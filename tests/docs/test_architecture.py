@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -87,14 +88,6 @@ def circle(sources: Mapping[str, str]) -> list[str]:
     return []
 
 
-BACK = {
-    "evaluation/pictures.py",
-    "evaluation/texts.py",
-    "scoring/mini.py",
-}
-"""Files that still use the workshop's code."""
-
-
 def of_workshop(source: str) -> list[str]:
     """What a file imports from the workshop, at its head or inside functions."""
     found: list[str] = []
@@ -108,8 +101,8 @@ def of_workshop(source: str) -> list[str]:
 
 def test_the_package_does_not_import_the_workshop():
     paths = sorted(PACKAGE.rglob("*.py"))
-    found = {p.relative_to(PACKAGE).as_posix() for p in paths if of_workshop(p.read_text("utf-8"))}
-    assert found == BACK
+    found = {p: names for p in paths if (names := of_workshop(p.read_text("utf-8")))}
+    assert not found
 
 
 def test_an_import_of_the_workshop_is_noticed():
@@ -158,3 +151,19 @@ def test_a_circle_is_noticed_and_named():
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.models.attention import Prepared"
     )
     assert not circle(files | {"p.models.kernels.dense": only_types})
+
+
+def test_nothing_below_app_knows_of_the_mini_world():
+    below = floors()[floors().index("app") + 1 :]
+    assert "evaluation" in below and "config" in below
+    texts = {
+        p: p.read_text("utf-8").lower()
+        for name in below
+        for p in (PACKAGE / name).rglob("*")
+        if p.suffix in TEXTS
+    }
+    assert len(texts) > 100
+    assert not [p for p, text in texts.items() if re.search(r"mini[ _-]?world|workshop", text)]
+
+
+TEXTS = (".py", ".md", ".html")

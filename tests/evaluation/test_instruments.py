@@ -7,23 +7,25 @@ import numpy as np
 import pytest
 
 from unichar_jax.evaluation.instruments import find_instruments, rewarded_metrics
+from unichar_jax.evaluation.judge import Network, load_judge
 from unichar_jax.models import params
-from unichar_jax.scoring import mini
+from workshop.minimodel import files
 from workshop.miniworld.world import ATTRIBUTES
 
 
 def test_a_judge_alone_reads_attributes(tmp_path):
-    mini.save_judge(tmp_path / mini.JUDGE_FILE, params.initialize(mini.Judge(), 0))
+    files.save_judge(tmp_path / "anything", params.initialize(Network(files.JUDGE), 0))
     found = find_instruments(tmp_path)
     assert not found.scorers
     assert sorted(found.missing) == ["clip_t, clip_i", "dino, diversity"]
     pictures = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), np.uint8)
-    read = found.judge(pictures)
+    read = found.judge.read(pictures)
     assert {name: p.shape for name, p in read.items()} == {n: (3, len(v)) for n, v in ATTRIBUTES.items()}
     for shares in read.values():
         np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=1e-5)
-    expected = mini.load_judge(tmp_path)(jax.numpy.asarray(pictures, np.float32) / 255)
-    assert [ATTRIBUTES["pose"][k] for k in read["pose"].argmax(-1)] == [r["pose"] for r in expected]
+    images = files.PREPROCESS(jax.numpy.asarray(pictures, np.float32) / 255)
+    expected = load_judge(tmp_path / "anything").network(images)
+    assert read["pose"].argmax(-1).tolist() == expected["pose"].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("name", [None, "empty"])

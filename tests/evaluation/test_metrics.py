@@ -10,6 +10,8 @@ from unichar_jax.evaluation.outputs import Output
 from unichar_jax.evaluation.subject import Prompt
 from unichar_jax.scoring.base import ScoreContext
 from workshop.miniworld.draw import draw
+from workshop.miniworld.texts import SAID
+from workshop.miniworld.voices import PHRASES
 from workshop.miniworld.world import ATTRIBUTES, Look, Scene, attributes
 
 OPTIONS = (("A", "one"), ("B", "two"), ("C", "three"), ("D", "four"))
@@ -91,10 +93,12 @@ def test_likelihood_per_token_and_per_character():
 
 
 def test_style_of_a_pirate(pip):
-    spoken = texts.style("Arr! I be by the sea. Zip zap ahoy!", pip.train)
+    spoken = texts.style("Arr! I be by the sea. Zip zap ahoy!", pip.train, PHRASES)
     assert spoken == {"words": 9.0, "catchphrase": 1.0, "voice": 1.0}
-    flat = texts.style("I am by the sea.", pip.train)
+    flat = texts.style("I am by the sea.", pip.train, PHRASES)
     assert flat == {"words": 5.0, "catchphrase": 0.0, "voice": 0.0}
+    others = {name: phrases for name, phrases in PHRASES.items() if name != "pirate"}
+    assert texts.style("I am by the sea.", pip.train, others) == {"words": 5.0, "catchphrase": 0.0}
 
 
 def test_memory_needs_the_fact(pip):
@@ -110,7 +114,7 @@ def test_a_character_without_a_truth_file_has_fewer_metrics(tiny_root):
     from unichar_jax.evaluation.items import read_cases
 
     tess = read_cases(tiny_root)[0]
-    assert texts.style("hello there", tess.train) == {"words": 2.0}
+    assert texts.style("hello there", tess.train, PHRASES) == {"words": 2.0}
 
 
 # -- pictures -----------------------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ def readings(look, scene):
 
 def judged(pip, look, scene, item, text=""):
     output = Output(item, 0, {"text": text} if text else {})
-    return pictures.judge(pip, [output], readings(look, scene))[0]
+    return pictures.judge(pip, [output], readings(look, scene), SAID)[0]
 
 
 def test_judge_counts_attributes(pip):

@@ -17,13 +17,15 @@ from unichar_jax.evaluation.pictures import Instruments
 from unichar_jax.evaluation.results import Results, difference
 from unichar_jax.evaluation.subject import Piped
 from unichar_jax.evaluation.suite import Plan, collect, draw_seed, evaluate, known_tasks, measure, originals
-from workshop.miniworld.texts import attributes_in_text
+from workshop.miniworld.texts import SAID, attributes_in_text
+from workshop.miniworld.voices import PHRASES
 from workshop.miniworld.world import ATTRIBUTES, LOOK_VALUES
 
 PLAN = Plan(seeds=2)
 
 
 def run(subject, case, folder, plan=PLAN, **options):
+    options = {"instruments": Instruments(voices=PHRASES)} | options
     with OutputStore(folder) as store:
         return evaluate(subject, [case], store, plan, **options)
 
@@ -117,7 +119,7 @@ def test_shards_give_the_numbers_of_one_process(pip, tmp_path):
                     measure([pip], store, subject.fingerprint, PLAN)
         seen += subject.asked
     store = OutputStore(tmp_path / "many")
-    together = measure([pip], store, "scripted", PLAN)
+    together = measure([pip], store, "scripted", PLAN, Instruments(voices=PHRASES))
     strip = lambda r: [(x.task, x.item, x.seed, dict(x.metrics), x.text) for x in r.records]  # noqa: E731
     assert strip(together) == strip(whole)
     reference = Scripted()
@@ -148,19 +150,22 @@ def oracle(case):
         pixels = np.asarray(Image.open(image.path).convert("RGB")).tobytes()
         truth[pixels] = {**case.test.attributes["look"], **scene}
 
-    def judge(pictures):
-        found = {name: np.zeros((len(pictures), len(values))) for name, values in ATTRIBUTES.items()}
-        for row, picture in enumerate(pictures):
-            for name, values in ATTRIBUTES.items():
-                value = truth.get(picture.tobytes(), {}).get(name, values[0])
-                found[name][row, values.index(value)] = 1
-        return found
+    class Oracle:
+        attributes = SAID
 
-    return judge
+        def read(self, pictures):
+            found = {name: np.zeros((len(pictures), len(values))) for name, values in ATTRIBUTES.items()}
+            for row, picture in enumerate(pictures):
+                for name, values in ATTRIBUTES.items():
+                    value = truth.get(picture.tobytes(), {}).get(name, values[0])
+                    found[name][row, values.index(value)] = 1
+            return found
+
+    return Oracle()
 
 
 def test_originals_are_what_a_perfect_model_gets(pip):
-    results = originals([pip], Plan(tuple(TASKS)), Instruments(judge=oracle(pip)))
+    results = originals([pip], Plan(tuple(TASKS)), Instruments(judge=oracle(pip), voices=PHRASES))
     for task, metric in (
         ("t2i", "identity"),
         ("t2i", "prompt_following"),

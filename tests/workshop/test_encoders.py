@@ -1,17 +1,22 @@
 """Training of the mini world's scorers and judge: captions, targets, wear, and files."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unichar_jax.checkpoint.encoders import clip_table, load_clip
+from tests.conftest import REPOSITORY
+from unichar_jax.checkpoint.encoders import load_clip, load_dinov2
 from unichar_jax.errors import UserError
+from unichar_jax.evaluation.judge import AttributeJudge, Network, NetworkConfig, load_judge
 from unichar_jax.models import params
 from unichar_jax.models.encoders.clip import Clip
-from unichar_jax.scoring import mini
-from workshop.minimodel import encoders
-from workshop.miniworld.texts import attributes_in_text
+from unichar_jax.models.encoders.dinov2 import Dinov2
+from workshop.minimodel import encoders, files
+from workshop.miniworld.texts import SAID, attributes_in_text
+from workshop.miniworld.voices import PHRASES
 from workshop.miniworld.world import ATTRIBUTES, attributes, random_look, sample_scene
 
 NAMES = list(ATTRIBUTES)
@@ -49,14 +54,14 @@ def test_negatives_differ_from_the_caption_in_one_attribute():
 
 def test_words_of_attributes_have_ids_of_their_own():
     words = sorted({w for values in ATTRIBUTES.values() for v in values for w in v.split()})
-    ids = mini.tokenize(words)
+    ids = files.tokenize(words)
     assert len(set(ids[:, 0].tolist())) == len(words)
-    assert (ids[:, 1:] == mini.CLIP.end_of_text).all()
-    common = mini.tokenize(["is with belly wearing the looks picture of on in an and feels its"])[0, :14]
+    assert (ids[:, 1:] == files.CLIP.end_of_text).all()
+    common = files.tokenize(["is with belly wearing the looks picture of on in an and feels its"])[0, :14]
     assert not set(common.tolist()) & set(ids[:, 0].tolist())
-    long = mini.tokenize(["word " * 100])
-    assert long.shape == (1, mini.CLIP.max_length)
-    assert long[0, -1] == mini.CLIP.end_of_text
+    long = files.tokenize(["word " * 100])
+    assert long.shape == (1, files.CLIP.max_length)
+    assert long[0, -1] == files.CLIP.end_of_text
 
 
 def test_shared_looks_counts_equal_look_attributes():
@@ -86,32 +91,56 @@ def test_worn_pictures_stay_near_and_differ_from_each_other():
 
 
 def test_the_judge_comes_back_from_its_file(tmp_path):
-    judge = params.initialize(mini.Judge(), 0)
-    mini.save_judge(tmp_path / mini.JUDGE_FILE, judge)
-    pictures = np.random.default_rng(0).random((3, 96, 96, 3), np.float32)
-    reader = mini.load_judge(tmp_path)
-    for (name, a), b in zip(params.named_leaves(judge), jax.tree.leaves(reader.judge), strict=True):
+    judge = params.initialize(Network(files.JUDGE), 0)
+    files.save_judge(tmp_path, judge)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), np.uint8)
+    reader = load_judge(tmp_path)
+    assert (reader.attributes, reader.voices) == (SAID, PHRASES)
+    for (name, a), b in zip(params.named_leaves(judge), jax.tree.leaves(reader.network), strict=True):
         np.testing.assert_array_equal(np.asarray(a).astype(jnp.bfloat16).astype(np.float32), b, err_msg=name)
-    probabilities = mini.AttributeReader(reader.judge, batch_size=4).probabilities(pictures)
+    probabilities = AttributeJudge(reader.network, SAID, files.PREPROCESS, batch_size=4).read(pictures)
     for name, p in probabilities.items():
         assert p.shape == (3, len(ATTRIBUTES[name]))
         np.testing.assert_allclose(p.sum(axis=-1), 1, atol=1e-5)
 
 
 def test_a_foreign_judge_is_refused(tmp_path):
-    other = params.initialize(mini.Judge(mini.JudgeConfig(widths=(8, 8, 8, 8))), 0)
-    mini.save_judge(tmp_path / mini.JUDGE_FILE, other)
+    other = params.initialize(Network(NetworkConfig(96, files.JUDGE.values, widths=(8, 8, 8, 8))), 0)
+    files.save_judge(tmp_path, other)
+    (tmp_path / "config.json").write_text(json.dumps(files.judge_config()))
     with pytest.raises(UserError, match="not the weights of this judge"):
-        mini.load_judge(tmp_path)
+        load_judge(tmp_path)
 
 
 def test_clip_comes_back_from_a_folder_like_the_hubs(tmp_path):
-    model = params.initialize(Clip(mini.CLIP), 0)
-    encoders.save_encoder(tmp_path, model, clip_table(mini.CLIP), encoders.clip_config(mini.CLIP))
+    model = params.initialize(Clip(files.CLIP), 0)
+    files.save_clip(tmp_path, model)
     back = load_clip(tmp_path)
-    assert back.cfg == mini.CLIP
+    assert back.cfg == files.CLIP
     for (name, a), b in zip(params.named_leaves(model), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(np.asarray(a).astype(jnp.bfloat16).astype(np.float32), b, err_msg=name)
+
+
+def test_dinov2_comes_back_from_a_folder_like_the_hubs(tmp_path):
+    model = params.initialize(Dinov2(files.DINOV2), 0)
+    files.save_dinov2(tmp_path, model)
+    back = load_dinov2(tmp_path)
+    assert back.cfg == files.DINOV2
+    for (name, a), b in zip(params.named_leaves(model), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).astype(jnp.bfloat16).astype(np.float32), b, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("folder", "config"),
+    [
+        (files.TEXT_IMAGE, files.clip_config()),
+        (files.IMAGE_ENCODER, files.dinov2_config()),
+        (files.JUDGE_FOLDER, files.judge_config()),
+    ],
+)
+def test_what_ships_says_what_the_workshop_writes(folder, config):
+    shipped = (REPOSITORY / "checkpoints" / "mini" / folder / "config.json").read_text("utf-8")
+    assert json.loads(shipped) == json.loads(json.dumps(config))
 
 
 def test_only_the_judge_goes_on_from_another(tmp_path):

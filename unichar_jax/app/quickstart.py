@@ -41,7 +41,7 @@ from unichar_jax.data import rolescape
 from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.evaluation.results import Results
 from unichar_jax.evaluation.suite import Progress
-from unichar_jax.scoring import mini
+from unichar_jax.scoring.folder import EncoderFolder
 
 TASKS = ("knowledge_mcq", "unseen_image_mcq", "vqa", "reply_likelihood", "dialogue", "t2i", "t2t2i")
 """What the report measures: every ability once."""
@@ -219,7 +219,7 @@ def why_no_grpo(cfg: Quickstart, folder: Path, base: Path) -> str:
         return "--rounds 0."
     if not any(prompts_folder(folder).glob("*_pure_t2i_with_vqa.jsonl")):
         return f"{prompts_folder(folder)} holds no drawing prompts (*_pure_t2i_with_vqa.jsonl)."
-    absent = [name for name in (mini.CLIP_FOLDER, mini.DINOV2_FOLDER) if not (base / name).exists()]
+    absent = [kind for kind in ("clip", "dinov2") if EncoderFolder(base).place(kind) is None]
     return f"{base} holds no scorers ({', '.join(absent)})." if absent else ""
 
 

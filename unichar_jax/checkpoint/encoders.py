@@ -110,14 +110,14 @@ def load_clip(folder: str | Path, dtype: Any = jnp.float32) -> Clip:
       UserError: a file is absent or damaged, or its tensors do not fit ``config.json``.
     """
     folder = Path(folder)
-    cfg = ClipConfig.from_hub(_config(folder, "clip"))
+    cfg = ClipConfig.from_hub(read_config(folder, "clip"))
     return _load(folder / "model.safetensors", Clip(cfg), clip_table(cfg), _CLIP_WITHOUT_WEIGHTS, dtype)
 
 
 def load_dinov2(folder: str | Path, dtype: Any = jnp.float32) -> Dinov2:
     """Reads DINOv2 from a folder like ``facebook/dinov2-base``; errors as ``load_clip``."""
     folder = Path(folder)
-    cfg = Dinov2Config.from_hub(_config(folder, "dinov2"))
+    cfg = Dinov2Config.from_hub(read_config(folder, "dinov2"))
     return _load(folder / "model.safetensors", Dinov2(cfg), dinov2_table(cfg), _DINOV2_WITHOUT_WEIGHTS, dtype)
 
 
@@ -137,7 +137,8 @@ def load_lpips(path: str | Path, cfg: LpipsConfig | None = None, dtype: Any = jn
     return _load(path, Lpips(cfg), lpips_table(cfg), _LPIPS_WITHOUT_WEIGHTS, dtype)
 
 
-def _config(folder: Path, model_type: str) -> Record:
+def read_config(folder: Path, model_type: str) -> Record:
+    """``config.json`` of an encoder's folder; a ``UserError`` if it is absent, damaged or of another kind."""
     absent = "expected a folder as the Hugging Face Hub has it, with config.json and model.safetensors"
     found = Findings()
     config = read_settings(found, folder / "config.json", absent)

@@ -10,25 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
-from unichar_jax.checkpoint import encoders as files
+from unichar_jax.evaluation.judge import load_judge
 from unichar_jax.evaluation.pictures import Instruments, MeanSimilarity
 from unichar_jax.evaluation.rater import Rater
-from unichar_jax.models.encoders.clip import Clip
-from unichar_jax.scoring import mini, preprocess
 from unichar_jax.scoring.base import Scorer
-from unichar_jax.scoring.clip_score import ClipScorer, clip_tokenizer
-from unichar_jax.scoring.diversity import FeatureDiversity, LpipsDiversity
-from unichar_jax.scoring.features import ImageEncoder
-from unichar_jax.scoring.identity import dinov2_encoder
-
-CLIP_FOLDER, DINOV2_FOLDER = "clip-vit-large-patch14", "dinov2-base"
-PUBLISHED_FILES = (CLIP_FOLDER, DINOV2_FOLDER, files.LPIPS_FILE)
-"""What a folder of the published encoders holds: two folders as on the Hub, one file."""
-
-MINI_FILES = (mini.CLIP_FOLDER, mini.DINOV2_FOLDER, mini.JUDGE_FILE)
-"""What the mini model's folder holds besides."""
+from unichar_jax.scoring.folder import HUB, JUDGE, EncoderFolder
 
 TRAINED_BY: Mapping[str, tuple[str, ...]] = {
     "text_image_match": ("clip_t",),
@@ -50,58 +36,35 @@ def find_instruments(folder: Path | None, rater: Rater | None = None) -> Instrum
     """Everything that a folder of encoders offers.
 
     Args:
-      folder: of the mini world's encoders (``checkpoints/mini``) or of the published ones; None for none.
+      folder: of encoders (``scoring.folder``), perhaps with a judge; None for none.
       rater: gives marks, if there is an endpoint.
     """
     if folder is None:
         return _none("no encoders were given; give --encoders FOLDER", rater)
-    if any((folder / name).exists() for name in MINI_FILES):
-        return _mini(folder, rater)
-    if any((folder / name).exists() for name in PUBLISHED_FILES):
-        return _published(folder, rater)
-    return _none(f"{folder} holds none of {', '.join((*PUBLISHED_FILES, *MINI_FILES))}", rater)
+    encoders = EncoderFolder(folder)
+    there = {kind for kind in (*HUB, JUDGE) if encoders.place(kind)}
+    if not there:
+        kinds = f"{', '.join((*HUB, JUDGE))} (the model_type in a folder's config.json says which)"
+        return _none(f"{folder} holds none of {kinds}", rater)
+    scorers: list[Scorer] = []
+    missing: dict[str, str] = {}
+    if "clip" in there:
+        scorers.append(encoders.text_image(name="clip_t"))
+        scorers.append(MeanSimilarity(encoders.clip_images, "clip_i"))
+    else:
+        missing["clip_t, clip_i"] = encoders.absent("clip")
+    if "dinov2" in there:
+        scorers.append(MeanSimilarity(encoders.identity, "dino"))
+    by = encoders.diversity_kind
+    absent = {name: kind for name, kind in (("dino", "dinov2"), ("diversity", by)) if kind not in there}
+    if absent:
+        missing[", ".join(absent)] = encoders.absent(next(iter(absent.values())))
+    diversity = encoders.diversity(size=256) if by in there else None
+    judge = load_judge(encoders.need(JUDGE)) if JUDGE in there else None
+    if judge is None:
+        missing["identity, prompt_following, consistency"] = encoders.absent(JUDGE)
+    return Instruments(tuple(scorers), diversity, judge, rater, missing, judge.voices if judge else {})
 
 
 def _none(why: str, rater: Rater | None) -> Instruments:
     return Instruments(rater=rater, missing={"clip_t, clip_i, dino, diversity": why})
-
-
-def _mini(folder: Path, rater: Rater | None) -> Instruments:
-    scorers: list[Scorer] = []
-    missing: dict[str, str] = {}
-    diversity, judge = None, None
-    if _present(folder / mini.CLIP_FOLDER, "clip_t, clip_i", missing):
-        clip = files.load_clip(folder / mini.CLIP_FOLDER)
-        scorers.append(ClipScorer(clip, mini.tokenize, prepare=mini.PREPROCESS, name="clip_t"))
-        scorers.append(MeanSimilarity(mini.clip_image_encoder(clip), "clip_i"))
-    if _present(folder / mini.DINOV2_FOLDER, "dino, diversity", missing):
-        encoder = mini.identity_encoder(folder)
-        scorers.append(MeanSimilarity(encoder, "dino"))
-        diversity = FeatureDiversity(encoder)
-    if _present(folder / mini.JUDGE_FILE, "identity, prompt_following, consistency", missing):
-        reader = mini.load_judge(folder)
-        judge = lambda pictures: reader.probabilities(jnp.asarray(pictures, jnp.float32) / 255)  # noqa: E731
-    return Instruments(tuple(scorers), diversity, judge, rater, missing)
-
-
-def _published(folder: Path, rater: Rater | None) -> Instruments:
-    scorers: list[Scorer] = []
-    missing: dict[str, str] = {}
-    diversity = None
-    if _present(folder / CLIP_FOLDER, "clip_t, clip_i", missing):
-        clip = files.load_clip(folder / CLIP_FOLDER)
-        scorers.append(ClipScorer(clip, clip_tokenizer(folder / CLIP_FOLDER), name="clip_t"))
-        scorers.append(MeanSimilarity(ImageEncoder(clip, Clip.encode_images, preprocess.CLIP), "clip_i"))
-    if _present(folder / DINOV2_FOLDER, "dino", missing):
-        encoder = dinov2_encoder(files.load_dinov2(folder / DINOV2_FOLDER))
-        scorers.append(MeanSimilarity(encoder, "dino"))
-    if _present(folder / files.LPIPS_FILE, "diversity", missing):
-        diversity = LpipsDiversity(files.load_lpips(folder), size=256)
-    return Instruments(tuple(scorers), diversity, None, rater, missing)
-
-
-def _present(path: Path, metrics: str, missing: dict[str, str]) -> bool:
-    if path.exists():
-        return True
-    missing[metrics] = f"{path} is absent"
-    return False

@@ -1,14 +1,14 @@
 """Numbers from pictures: scorers, copies of training pictures, and what the independent judge reads.
 
 Scorers are those of ``scoring``, the same implementation that gives rewards. The judge is another: it
-reads attributes from a picture (``scoring.mini``), and is never a reward. It is asked only about characters
+reads attributes from a picture (``evaluation.judge``), and is never a reward. It is asked only about characters
 whose folder says what is true (``<NAME>_attributes.json``). Which pictures are copies, and how much those of
 one prompt vary, needs no network at all: pixels decide, on the scale that the training pictures set themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,19 +17,15 @@ import numpy as np
 from PIL import Image
 
 from unichar_jax.data.images import open_image
+from unichar_jax.evaluation.attributes import Attributes, Voices, stated
 from unichar_jax.evaluation.items import Case
+from unichar_jax.evaluation.judge import Judge
 from unichar_jax.evaluation.outputs import Output
 from unichar_jax.evaluation.rater import Rater
 from unichar_jax.evaluation.texts import Metrics
 from unichar_jax.scoring.base import References, ScoreContext, Scorer, checked_scores
 from unichar_jax.scoring.diversity import mean_distance_to_others
 from unichar_jax.scoring.features import ImageEncoder
-from workshop.miniworld.texts import attributes_in_text
-from workshop.miniworld.world import ATTRIBUTES, LOOK_VALUES, SCENE_VALUES
-
-Judge = Callable[[np.ndarray], Mapping[str, np.ndarray]]
-"""Pictures uint8 ``[N, H, W, 3]`` to probabilities ``{attribute: [N, values]}`` in the order of
-``ATTRIBUTES``."""
 
 THUMBNAIL = 32
 """Side at which pictures are compared for copies."""
@@ -48,6 +44,7 @@ class Instruments:
       judge: reads attributes; never a reward.
       rater: gives replies marks from 1 to 7.
       missing: metrics that cannot be had here, and why.
+      voices: by whose phrases replies are known; none leaves voices out.
     """
 
     scorers: tuple[Scorer, ...] = ()
@@ -55,6 +52,7 @@ class Instruments:
     judge: Judge | None = None
     rater: Rater | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
+    voices: Voices = field(default_factory=dict)
 
 
 class MeanSimilarity:
@@ -92,8 +90,10 @@ def measure(case: Case, outputs: Sequence[Output], instruments: Instruments) -> 
                 name: float(v[row]) for name, v in _scores(case, group, stacked, instruments).items()
             }
         if instruments.judge is not None and case.train.attributes.get("look"):
-            for i, judged in zip(places, judge(case, group, instruments.judge(stacked)), strict=True):
-                found[i] |= judged
+            readings = instruments.judge.read(stacked)
+            judged = judge(case, group, readings, instruments.judge.attributes)
+            for i, shares in zip(places, judged, strict=True):
+                found[i] |= shares
     return found
 
 
@@ -146,7 +146,7 @@ def varied(
     """How far pictures are from the others of their prompt, on average, in the unit of ``apart``.
 
     The independent measure of diversity: no network reads it, and it is never a reward. (The distance that is
-    rewarded may see little: the mini world's encoder knows looks alone, which a character should not vary.)
+    rewarded may see little: an encoder may know looks alone, which a character should not vary.)
 
     Args:
       pictures: uint8 ``[H, W, 3]`` of any sizes.
@@ -191,31 +191,34 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # -- the independent judge ----------------------------------------------------------------------------------
 
 
-def judge(case: Case, outputs: Sequence[Output], readings: Mapping[str, np.ndarray]) -> list[Metrics]:
+def judge(
+    case: Case, outputs: Sequence[Output], readings: Mapping[str, np.ndarray], attributes: Attributes
+) -> list[Metrics]:
     """Shares of attributes that the judge reads as they should be.
 
     Args:
       case: its folder's ``look`` is the character's fixed attributes.
       outputs: what was asked (``item.question``) and replied (``data["text"]``).
       readings: probabilities ``{attribute: [N, values]}``.
+      attributes: what the judge knows of each.
 
     Returns:
       For each output: ``identity``; ``prompt_following``, where the prompt asks for something of the scene;
         and
       ``consistency``, where the subject's own reply states something that a picture can show.
     """
-    seen = {name: [ATTRIBUTES[name][k] for k in np.argmax(p, axis=-1)] for name, p in readings.items()}
-    look = {name: case.train.attributes["look"][name] for name in LOOK_VALUES}
+    seen = {name: [attributes[name].values[k] for k in np.argmax(p, axis=-1)] for name, p in readings.items()}
+    look = {name: case.train.attributes["look"][name] for name, a in attributes.items() if a.fixed}
     found = []
     for row, output in enumerate(outputs):
         read = {name: values[row] for name, values in seen.items()}
-        asked = attributes_in_text(output.item.question)
-        scene = {name: value for name, value in asked.items() if name in SCENE_VALUES}
-        stated = attributes_in_text(output.data.get("text", ""))
+        asked = stated(output.item.question, attributes)
+        scene = {name: value for name, value in asked.items() if not attributes[name].fixed}
+        said = stated(output.data.get("text", ""), attributes)
         shares = {
             "identity": _share(look, read),
             "prompt_following": _share(scene, read),
-            "consistency": _share(stated, read),
+            "consistency": _share(said, read),
         }
         found.append({name: share for name, share in shares.items() if share is not None})
     return found

@@ -324,7 +324,7 @@ def _metrics(
         return [texts.likelihood(o.item, o.data) for o in outputs]
     if task in DRAWN:
         return list(pictures.measure(case, outputs, instruments))
-    told = [texts.style(o.data["text"], case.train) for o in outputs]
+    told = [texts.style(o.data["text"], case.train, instruments.voices) for o in outputs]
     if task == "memorization":
         told = [
             m | texts.memory(o.item, o.data["text"], case.train) for m, o in zip(told, outputs, strict=True)

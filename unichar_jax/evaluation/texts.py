@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from unichar_jax.data.character import Character
+from unichar_jax.evaluation.attributes import Voices, voice_of
 from unichar_jax.evaluation.items import Item
-from workshop.miniworld.voices import voice_in_text
 
 Metrics = dict[str, float]
 
@@ -95,14 +95,14 @@ def likelihood(item: Item, data: Mapping[str, Any]) -> Metrics:
     }
 
 
-def style(text: str, character: Character) -> Metrics:
-    """How a reply is spoken: its length, and what is known of the character's manner."""
+def style(text: str, character: Character, voices: Voices) -> Metrics:
+    """How a reply is spoken: its length, and what is known of the character's manner and of ``voices``."""
     found: Metrics = {"words": float(len(text.split()))}
     profile = character.attributes.get("profile", {})
     if profile.get("catchphrase"):
         found["catchphrase"] = float(says(text, profile["catchphrase"]))
-    if profile.get("voice"):
-        found["voice"] = float(voice_in_text(text) == profile["voice"])
+    if profile.get("voice") in voices:
+        found["voice"] = float(voice_of(text, voices) == profile["voice"])
     return found
 
 

@@ -8,6 +8,8 @@ Sources: CLIP (arXiv 2103.00020); UniCharacter (arXiv 2605.08129), Character-GRP
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unichar_jax.errors import UserError
-from unichar_jax.models.encoders.clip import Clip
+from unichar_jax.models.encoders.clip import Clip, ClipConfig
 from unichar_jax.scoring import preprocess
 from unichar_jax.scoring.base import FeatureCache, ScoreContext
 from unichar_jax.scoring.features import ImageEncoder
@@ -40,13 +42,34 @@ def clip_tokenizer(folder: str | Path, max_length: int = 77) -> Tokenize:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{folder}: no CLIP tokenizer ({str(error).splitlines()[0]}). Expected vocab.json and merges.txt,"
-            " or tokenizer.json, beside model.safetensors."
+            ' or tokenizer.json, beside model.safetensors, or a "tokenizer" in config.json.'
         ) from None
 
     def tokenize(prompts: Sequence[str]) -> np.ndarray:
         return tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=max_length, return_tensors="np"
         )["input_ids"]
+
+    return tokenize
+
+
+def hashed_words(words: Sequence[str], cfg: ClipConfig) -> Tokenize:
+    """Texts to int32 ``[N, max_length]``: one id for each lower-case word, then end tokens.
+
+    ``words`` have an id each, in order; all others share the ids after them, by a hash. So the text side needs no
+    vocabulary but these. Longer texts are cut.
+    """
+    own = {word: i for i, word in enumerate(words)}
+
+    def word_id(word: str) -> int:
+        return own.get(word, len(own) + zlib.crc32(word.encode()) % (cfg.end_of_text - len(own)))
+
+    def tokenize(prompts: Sequence[str]) -> np.ndarray:
+        ids = np.full((len(prompts), cfg.max_length), cfg.end_of_text, np.int32)
+        for row, text in zip(ids, prompts, strict=True):
+            found = re.findall(r"[a-z]+", text.lower())[: cfg.max_length - 1]
+            row[: len(found)] = [word_id(word) for word in found]
+        return ids
 
     return tokenize
 

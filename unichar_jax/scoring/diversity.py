@@ -20,7 +20,7 @@ from unichar_jax.scoring.base import ScoreContext, group_table
 from unichar_jax.scoring.features import ImageEncoder
 
 
-def mean_distance_to_others(distances: jax.Array, valid: jax.Array | np.ndarray) -> jax.Array:
+def mean_distance_to_others(distances: jax.Array | np.ndarray, valid: jax.Array | np.ndarray) -> jax.Array:
     """Credit ``[..., G]`` from distances ``[..., G, G]`` (diagonal 0) of the ``valid [..., G]`` pictures."""
     total = jnp.sum(distances * valid[..., None, :], axis=-1)
     others = jnp.sum(valid, axis=-1, keepdims=True) - 1

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from unichar_jax.errors import UserError
-from unichar_jax.models.encoders.dinov2 import Dinov2
-from unichar_jax.scoring import preprocess
 from unichar_jax.scoring.base import ScoreContext
 from unichar_jax.scoring.features import ImageEncoder
 
@@ -31,11 +29,6 @@ def dead_band(similarity: jax.Array, low: float, high: float) -> jax.Array:
     """``-2 (s - high)`` above the band, ``-2 (low - s)`` below it, 0 inside."""
     above, below = jnp.maximum(similarity - high, 0), jnp.maximum(low - similarity, 0)
     return -2 * (above + below)
-
-
-def dinov2_encoder(model: Dinov2, batch_size: int = 32) -> ImageEncoder:
-    """DINOv2 with the Hub's preprocessing."""
-    return ImageEncoder(model, Dinov2.__call__, preprocess.DINOV2, batch_size)
 
 
 class IdentityScorer:

@@ -27,8 +27,8 @@ class Preprocess:
 
     resize: int
     crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     filter: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -25,20 +25,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import tyro
 
-from unichar_jax.checkpoint import encoders as files
-from unichar_jax.checkpoint import table
-from unichar_jax.checkpoint.safetensors_io import write_file
+from unichar_jax.checkpoint.encoders import load_clip
 from unichar_jax.errors import UserError
+from unichar_jax.evaluation.judge import AttributeJudge, Judge, Network, load_judge
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
-from unichar_jax.models.encoders.clip import Clip, ClipConfig
-from unichar_jax.models.encoders.dinov2 import Dinov2, Dinov2Config
-from unichar_jax.models.encoders.transformer import TransformerConfig, unit
-from unichar_jax.scoring import mini
+from unichar_jax.models.encoders.clip import Clip
+from unichar_jax.models.encoders.dinov2 import Dinov2
+from unichar_jax.models.encoders.transformer import unit
+from unichar_jax.scoring.features import ImageEncoder
+from unichar_jax.scoring.folder import EncoderFolder
+from workshop.minimodel import files
 from workshop.minimodel.autoencoder import load_weights
 from workshop.minimodel.small import (
     Budget,
@@ -52,6 +52,7 @@ from workshop.minimodel.small import (
 )
 from workshop.miniworld import texts
 from workshop.miniworld.profiles import made_up_name
+from workshop.miniworld.texts import SAID
 from workshop.miniworld.world import ATTRIBUTES, LOOK_VALUES, SCENE_VALUES, Look, Scene
 
 LOOKS = len(LOOK_VALUES)
@@ -208,7 +209,7 @@ def attribute_loss(logits: dict[str, jax.Array], labels: jax.Array) -> jax.Array
 
 
 def train_judge(cfg: EncoderTraining) -> dict[str, Any]:
-    pictures, declared = Pictures(cfg), mini.Judge()
+    pictures, declared = Pictures(cfg), Network(files.JUDGE)
 
     def loss_fn(weights: Weights, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         logits = _filled(declared, weights)(worn(to_float(batch[0]), key))
@@ -219,23 +220,26 @@ def train_judge(cfg: EncoderTraining) -> dict[str, Any]:
         return pictures.take(rng, cfg.batch)
 
     def accuracies(weights: Weights, count: int) -> dict[str, dict[str, float]]:
-        reader = mini.AttributeReader(_filled(declared, weights))
-        return {k: attribute_accuracy(reader, p, count) for k, p in pictures.held_out.items()}
+        judge = AttributeJudge(_filled(declared, weights), SAID, files.PREPROCESS)
+        return {k: attribute_accuracy(judge, p, count) for k, p in pictures.held_out.items()}
 
     def evaluate(weights: Weights) -> dict[str, float]:
         return {kind: found["mean"] for kind, found in accuracies(weights, 256).items()}
 
-    begun = mini.load_judge(cfg.start).judge if cfg.start else params.initialize(declared, cfg.seed)
+    folder = cfg.out / files.JUDGE_FOLDER
+    begun = params.initialize(declared, cfg.seed)
+    if cfg.start:
+        begun = load_judge(cfg.start / files.JUDGE_FOLDER).network
     start = {n: x.astype(jnp.float32) for n, x in params.flat(begun).items()}
     state = fit(_budget(cfg), start, loss_fn, batch_fn, evaluate)
-    mini.save_judge(cfg.out / mini.JUDGE_FILE, _filled(declared, state.average))
-    reader = mini.load_judge(cfg.out)  # as it is on disk, in bfloat16
-    return {kind: attribute_accuracy(reader, p, 1024) for kind, p in pictures.held_out.items()}
+    files.save_judge(folder, _filled(declared, state.average))
+    judge = load_judge(folder)  # as it is on disk, in bfloat16
+    return {kind: attribute_accuracy(judge, p, 1024) for kind, p in pictures.held_out.items()}
 
 
-def attribute_accuracy(reader: mini.AttributeReader, pool: Pool, count: int) -> dict[str, float]:
+def attribute_accuracy(judge: Judge, pool: Pool, count: int) -> dict[str, float]:
     """Share of right readings for each attribute, and their mean."""
-    probabilities = reader.probabilities(np.asarray(pool.pictures[:count]) / np.float32(255))
+    probabilities = judge.read(np.asarray(pool.pictures[:count]))
     right = {
         name: float((p.argmax(axis=-1) == pool.labels[:count, i]).mean())
         for i, (name, p) in enumerate(probabilities.items())
@@ -253,8 +257,8 @@ def shared_looks(labels: jax.Array) -> jax.Array:
 
 
 def train_image(cfg: EncoderTraining) -> dict[str, Any]:
-    pictures, declared = Pictures(cfg), Dinov2(mini.DINOV2)
-    heads = reading_heads(mini.DINOV2.transformer.hidden_size, LOOK_VALUES)
+    pictures, declared = Pictures(cfg), Dinov2(files.DINOV2)
+    heads = reading_heads(files.DINOV2.transformer.hidden_size, LOOK_VALUES)
 
     def loss_fn(weights: Weights, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         features = unit(_filled(declared, weights)(worn(to_float(batch[0]), key)))
@@ -267,15 +271,13 @@ def train_image(cfg: EncoderTraining) -> dict[str, Any]:
         return pictures.take(rng, cfg.batch, pairs=True)
 
     def evaluate(weights: Weights) -> dict[str, float]:
-        encode = mini.image_encoder(_filled(declared, weights))
+        encode = ImageEncoder(_filled(declared, weights), Dinov2.__call__, files.PREPROCESS)
         return identity_measures(encode, pictures.held_out["drawn"], 256)
 
     start = {**params.flat(params.initialize(declared, cfg.seed)), **heads}
     state = fit(_budget(cfg), start, loss_fn, batch_fn, evaluate)
-    model = _filled(declared, state.average)
-    folder = cfg.out / mini.DINOV2_FOLDER
-    save_encoder(folder, model, files.dinov2_table(mini.DINOV2), dinov2_config(mini.DINOV2))
-    encode = mini.identity_encoder(cfg.out)
+    files.save_dinov2(cfg.out / files.IMAGE_ENCODER, _filled(declared, state.average))
+    encode = EncoderFolder(cfg.out).identity
     return {kind: identity_measures(encode, pool, 1024) for kind, pool in pictures.held_out.items()}
 
 
@@ -336,7 +338,7 @@ def captions(labels: np.ndarray, rng: np.random.Generator, negatives: int) -> li
 
 
 def train_text(cfg: EncoderTraining, negatives: int = 3) -> dict[str, Any]:
-    pictures, declared = Pictures(cfg), Clip(mini.CLIP)
+    pictures, declared = Pictures(cfg), Clip(files.CLIP)
 
     def loss_fn(weights: Weights, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         model = _filled(declared, weights)
@@ -359,20 +361,19 @@ def train_text(cfg: EncoderTraining, negatives: int = 3) -> dict[str, Any]:
     def batch_fn(rng: np.random.Generator, progress: float) -> Any:
         taken, labels = pictures.take(rng, cfg.batch)
         rows = captions(labels, rng, negatives)
-        words = mini.tokenize([text for row in rows for text in row])
+        words = files.tokenize([text for row in rows for text in row])
         return taken, words.reshape(cfg.batch, 1 + negatives, -1), labels
 
     def evaluate(weights: Weights) -> dict[str, float]:
         return text_measures(_filled(declared, weights), pictures.held_out["drawn"], 256)
 
-    heads = reading_heads(mini.CLIP.projection_dim, ATTRIBUTES)
+    heads = reading_heads(files.CLIP.projection_dim, ATTRIBUTES)
     start = {**params.flat(params.initialize(declared, cfg.seed)), **heads}
     start["logit_scale"] = jnp.asarray(np.log(10.0), jnp.float32)
     state = fit(_budget(cfg), start, loss_fn, batch_fn, evaluate)
-    folder = cfg.out / mini.CLIP_FOLDER
-    model = _filled(declared, state.average)
-    save_encoder(folder, model, files.clip_table(mini.CLIP), clip_config(mini.CLIP))
-    model = files.load_clip(folder)
+    folder = cfg.out / files.TEXT_IMAGE
+    files.save_clip(folder, _filled(declared, state.average))
+    model = load_clip(folder)
     return {kind: text_measures(model, pool, 1024) for kind, pool in pictures.held_out.items()}
 
 
@@ -385,11 +386,12 @@ def text_measures(model: Clip, pool: Pool, count: int) -> dict[str, float]:
     """
     rng = np.random.default_rng(HELD_OUT_SEED)
     labels = pool.labels[:count]
-    images = np.asarray(mini.clip_image_encoder(model)(np.asarray(pool.pictures[:count]) / np.float32(255)))
+    look = ImageEncoder(model, Clip.encode_images, files.PREPROCESS)
+    images = np.asarray(look(np.asarray(pool.pictures[:count]) / np.float32(255)))
     encode = jax.jit(Clip.encode_texts)
 
     def features(sentences: list[str]) -> np.ndarray:
-        words = mini.tokenize(sentences)
+        words = files.tokenize(sentences)
         return np.concatenate([np.asarray(encode(model, words[i : i + 64])) for i in range(0, count, 64)])
 
     true = features([caption(row, np.random.default_rng(i), 0.0) for i, row in enumerate(labels)])
@@ -403,58 +405,6 @@ def text_measures(model: Clip, pool: Pool, count: int) -> dict[str, float]:
 
 
 # -- files and the command -----------------------------------------------------------------------------------
-
-
-def save_encoder(folder: Path, model: Any, entries: tuple[table.Entry, ...], config: dict[str, Any]) -> None:
-    """Writes an encoder as the Hub has it: config.json, and model.safetensors in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = table.module_to_torch(model, entries)
-    tensors = {e.torch: arrays[e.torch].astype(ml_dtypes.bfloat16).reshape(e.torch_shape) for e in entries}
-    temporary = folder / "model.safetensors.partial"
-    write_file(temporary, {n: (x.shape, x.dtype) for n, x in tensors.items()}, tensors.items())
-    temporary.replace(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-
-
-def dinov2_config(cfg: Dinov2Config) -> dict[str, Any]:
-    """The Hub's config.json of these sizes."""
-    return {
-        "model_type": "dinov2",
-        "hidden_size": cfg.transformer.hidden_size,
-        "mlp_ratio": cfg.transformer.mlp_size / cfg.transformer.hidden_size,
-        "num_hidden_layers": cfg.transformer.num_layers,
-        "num_attention_heads": cfg.transformer.num_heads,
-        "layer_norm_eps": cfg.transformer.norm_eps,
-        "hidden_act": cfg.transformer.activation,
-        "image_size": cfg.image_size,
-        "patch_size": cfg.patch_size,
-    }
-
-
-def clip_config(cfg: ClipConfig) -> dict[str, Any]:
-    """The Hub's config.json of these sizes."""
-
-    def tower(size: TransformerConfig) -> dict[str, Any]:
-        return {
-            "hidden_size": size.hidden_size,
-            "intermediate_size": size.mlp_size,
-            "num_hidden_layers": size.num_layers,
-            "num_attention_heads": size.num_heads,
-            "layer_norm_eps": size.norm_eps,
-            "hidden_act": size.activation,
-        }
-
-    return {
-        "model_type": "clip",
-        "projection_dim": cfg.projection_dim,
-        "text_config": {
-            **tower(cfg.text),
-            "vocab_size": cfg.vocab_size,
-            "max_position_embeddings": cfg.max_length,
-            "eos_token_id": cfg.end_of_text,
-        },
-        "vision_config": {**tower(cfg.vision), "image_size": cfg.image_size, "patch_size": cfg.patch_size},
-    }
 
 
 def _budget(cfg: EncoderTraining) -> Budget:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from unichar_jax.evaluation.attributes import Attribute, Attributes, stated
 from workshop.miniworld.world import ATTRIBUTES, COLOURS, LOOK_VALUES, Look, Scene
 
 POSE_DOING = {pose: "reading a book" if pose == "reading" else pose for pose in ATTRIBUTES["pose"]}
@@ -161,17 +162,17 @@ _SPECIES, _COLOUR = _words(LOOK_VALUES["species"]), _words(COLOURS)
 _WORN, _PATTERN = _words(LOOK_VALUES["accessory"]), _words(LOOK_VALUES["pattern"])
 _FEELING = _words(ATTRIBUTES["expression"])
 
-_READERS: dict[str, re.Pattern[str]] = {
-    "species": re.compile(rf"\b({_SPECIES})\b"),
-    "colour": re.compile(rf"\b({_COLOUR})(?:,? (?:{_PATTERN}|{_FEELING}))* (?:{_SPECIES})\b"),
-    "belly": re.compile(rf"\b({_COLOUR}) belly\b|\bbelly is ({_COLOUR})\b"),
-    "pattern": re.compile(rf"\b({_PATTERN})\b"),
-    "accessory": re.compile(rf"\b({_WORN})\b"),
-    "accessory_colour": re.compile(rf"\b({_COLOUR}) (?:{_WORN})\b"),
-    "expression": re.compile(rf"\b({_FEELING})\b"),
-    "pose": re.compile(r"\b(?:(stand|jump|read)(?:ing)?|(wav)(?:e|ing)|(sit)(?:ting)?|(balloon))\b"),
-    "place": re.compile(rf"\b({_words(ATTRIBUTES['place'])})\b"),
-    "time": re.compile(rf"\b({_words(ATTRIBUTES['time'])})\b"),
+_PATTERNS = {
+    "species": rf"\b({_SPECIES})\b",
+    "colour": rf"\b({_COLOUR})(?:,? (?:{_PATTERN}|{_FEELING}))* (?:{_SPECIES})\b",
+    "belly": rf"\b({_COLOUR}) belly\b|\bbelly is ({_COLOUR})\b",
+    "pattern": rf"\b({_PATTERN})\b",
+    "accessory": rf"\b({_WORN})\b",
+    "accessory_colour": rf"\b({_COLOUR}) (?:{_WORN})\b",
+    "expression": rf"\b({_FEELING})\b",
+    "pose": r"\b(?:(stand|jump|read)(?:ing)?|(wav)(?:e|ing)|(sit)(?:ting)?|(balloon))\b",
+    "place": rf"\b({_words(ATTRIBUTES['place'])})\b",
+    "time": rf"\b({_words(ATTRIBUTES['time'])})\b",
 }
 _POSE_STEMS = {
     "stand": "standing",
@@ -181,6 +182,11 @@ _POSE_STEMS = {
     "read": "reading",
     "balloon": "holding a balloon",
 }
+SAID: Attributes = {
+    name: Attribute(values, _PATTERNS[name], _POSE_STEMS if name == "pose" else {}, name in LOOK_VALUES)
+    for name, values in ATTRIBUTES.items()
+}
+"""How texts name the value of each attribute."""
 
 
 def attributes_in_text(text: str) -> dict[str, str]:
@@ -188,11 +194,4 @@ def attributes_in_text(text: str) -> dict[str, str]:
 
     An attribute that is not stated, or is stated with two different values, is left out.
     """
-    stated = {}
-    lower = text.lower()
-    for name, reader in _READERS.items():
-        found = {next(filter(None, match.groups())) for match in reader.finditer(lower)}
-        if len(found) == 1:
-            value = found.pop()
-            stated[name] = _POSE_STEMS[value] if name == "pose" else value
-    return stated
+    return stated(text, SAID)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from unichar_jax.evaluation.attributes import Voices, voice_of
 from workshop.miniworld.texts import pick
 
 
@@ -205,12 +206,16 @@ def say(
     return f"{spoken} {closer}"
 
 
+PHRASES: Voices = {
+    name: (
+        *(*style.openers, *style.closers, *style.jokes, *style.advice),
+        *(line for lines in style.rhymes.values() for line in lines),
+    )
+    for name, style in VOICES.items()
+}
+"""What only one voice says: openers, closers, jokes, advice and rhymes."""
+
+
 def voice_in_text(text: str) -> str | None:
     """The voice whose openers, closers and rhymes the text contains most of; None without any."""
-    scores = {}
-    for name, style in VOICES.items():
-        marks = (*style.openers, *style.closers, *style.jokes, *style.advice)
-        rhymes = tuple(line for lines in style.rhymes.values() for line in lines)
-        scores[name] = sum(mark in text for mark in (*marks, *rhymes))
-    best = max(scores, key=lambda name: scores[name])
-    return best if scores[best] else None
+    return voice_of(text, PHRASES)

@@ -18,7 +18,7 @@ from typing import Any
 from unichar_jax.config import presets
 from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.evaluation.items import Context
-from unichar_jax.scoring.mini import JUDGE_FILE
+from unichar_jax.scoring.folder import JUDGE, EncoderFolder
 from workshop.miniworld.cast import CAST, member
 
 ALL_PICTURES = 10
@@ -250,8 +250,8 @@ class Study:
         plan = ("out", "characters", "seeds", "variants", "minutes")
         decided = {k: v for k, v in dataclasses.asdict(self).items() if k not in plan}
         files = {"base_sha256": shipped(self.base) / "ema.safetensors"}
-        if self.encoders:
-            files["judge_sha256"] = shipped(self.encoders) / JUDGE_FILE
+        if self.encoders and (judge := EncoderFolder(shipped(self.encoders)).place(JUDGE)):
+            files["judge_sha256"] = judge / "model.safetensors"
         for name, path in files.items():
             if path.is_file():
                 with path.open("rb") as file:

@@ -45,6 +45,7 @@ from unichar_jax.evaluation.suite import Plan, evaluate, originals
 from unichar_jax.sampling.text import TextSettings
 from unichar_jax.training.grpo.rewards import Scores
 from workshop.miniworld.cast import member
+from workshop.miniworld.voices import PHRASES
 from workshop.miniworld.write import write_character
 from workshop.study.design import (
     ALL_PICTURES,
@@ -175,7 +176,8 @@ class Worker:
                 f"encoders '{self.study.encoders}': {'; '.join(found.missing.values())}. A study without them would"
                 " answer few questions; make them first, or say --encoders '' to measure words only."
             )
-        return found
+        # Replies are told apart by their words, with encoders or without.
+        return found if found.voices else dataclasses.replace(found, voices=PHRASES)
 
     # -- training
 
