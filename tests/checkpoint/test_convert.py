@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from unichar_jax.checkpoint import convert, store, table, weights, writing
+from unichar_jax.checkpoint import convert, store, table, torch_files, weights, writing
 from unichar_jax.checkpoint.safetensors_io import open_file
 from unichar_jax.cli.main import main
 from unichar_jax.config.model import model_preset
@@ -60,7 +60,7 @@ def test_round_trip_is_bit_identical(bagel: Path, tmp_path: Path, dtype) -> None
     for file in bagel.iterdir():
         if file.suffix == ".json":
             assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes(), file.name
-    index = json.loads((tmp_path / "back" / weights.INDEX_FILE).read_text())
+    index = json.loads((tmp_path / "back" / torch_files.INDEX_FILE).read_text())
     assert index["weight_map"] == dict.fromkeys(tensors_of(bagel / "ema.safetensors"), "ema.safetensors")
     written = json.loads((tmp_path / "orbax" / "unichar.json").read_text())
     assert written["format_version"] == writing.FORMAT_VERSION
@@ -79,7 +79,7 @@ def test_shards_in_and_out(bagel: Path, tmp_path: Path) -> None:
     assert all(
         sum(t.nbytes for t in open_file(tmp_path / "shards" / f).tensors.values()) <= limit for f in files
     )
-    index = json.loads((tmp_path / "shards" / weights.INDEX_FILE).read_text())["weight_map"]
+    index = json.loads((tmp_path / "shards" / torch_files.INDEX_FILE).read_text())["weight_map"]
     assert {n: f for f in files for n in open_file(tmp_path / "shards" / f).tensors} == index
     # A source in shards is exported in shards again, with the same tensors.
     convert.convert(tmp_path / "shards", tmp_path / "again", verify=True)
@@ -214,7 +214,7 @@ def test_doubled_tensor_is_named_with_both_files(bagel: Path, tmp_path: Path) ->
     for file, part in parts.items():
         write_tensors(bagel / file, {n: tensors[n] for n in part})
     index = {n: f for f, part in parts.items() for n in part}
-    (bagel / weights.INDEX_FILE).write_text(json.dumps({"weight_map": index}))
+    (bagel / torch_files.INDEX_FILE).write_text(json.dumps({"weight_map": index}))
     with pytest.raises(UserError, match=r"in more than one file \(1\):\n.*: a.safetensors, b.safetensors"):
         convert.convert(bagel, tmp_path / "orbax")
     assert_untouched(tmp_path, "bagel")
@@ -224,7 +224,7 @@ def test_missing_shard_is_named(bagel: Path, tmp_path: Path) -> None:
     tensors = tensors_of(bagel / "ema.safetensors")
     (bagel / "ema.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(tensors, "model-00002-of-00002.safetensors")}
-    (bagel / weights.INDEX_FILE).write_text(json.dumps(index))
+    (bagel / torch_files.INDEX_FILE).write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"of which 1 are missing.*model-00002-of-00002\.safetensors"):
         convert.convert(bagel, tmp_path / "orbax")
     assert_untouched(tmp_path, "bagel")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unichar_jax.checkpoint import convert, weights
+from unichar_jax.checkpoint import convert, torch_files
 from unichar_jax.checkpoint.safetensors_io import open_file
 from unichar_jax.errors import UserError
 
@@ -157,13 +157,13 @@ def in_shards(bagel: Path, prefix: str = "") -> Path:
         "metadata": {"total_size": "12.5GB"},
         "weight_map": {n: f for f, part in parts.items() for n in part},
     }
-    (bagel / weights.INDEX_FILE).write_text(json.dumps(index))
+    (bagel / torch_files.INDEX_FILE).write_text(json.dumps(index))
     return bagel
 
 
 def test_shards_are_read_with_and_without_a_byte_order_mark(bagel: Path, tmp_path: Path) -> None:
     expected = tensors_of(bagel / "ema.safetensors")
-    index = in_shards(bagel) / weights.INDEX_FILE
+    index = in_shards(bagel) / torch_files.INDEX_FILE
     index.write_text("\ufeff" + index.read_text(), "utf-8")
     convert.convert(bagel, tmp_path / "orbax", verify=True)
     convert.convert(tmp_path / "orbax", tmp_path / "back", max_shard_bytes=1 << 40)
@@ -206,13 +206,13 @@ def test_a_shard_that_is_a_pointer_is_called_one(bagel: Path, tmp_path: Path) ->
 )
 def test_a_faulty_index_is_one_error(bagel: Path, tmp_path: Path, index: str, message: str) -> None:
     (bagel / "ema.safetensors").unlink()
-    (bagel / weights.INDEX_FILE).write_text(index)
-    with pytest.raises(UserError, match=f"{weights.INDEX_FILE}: .*{message}") as caught:
+    (bagel / torch_files.INDEX_FILE).write_text(index)
+    with pytest.raises(UserError, match=f"{torch_files.INDEX_FILE}: .*{message}") as caught:
         convert.plan(bagel, tmp_path / "dst")
     assert str(caught.value).count("\n") == 0
 
 
 def test_shards_without_an_index_are_refused_by_name(bagel: Path, tmp_path: Path) -> None:
-    (in_shards(bagel) / weights.INDEX_FILE).unlink()
+    (in_shards(bagel) / torch_files.INDEX_FILE).unlink()
     with pytest.raises(UserError, match=r"no weights; expected .*model\.safetensors\.index\.json"):
         convert.plan(bagel, tmp_path / "dst")

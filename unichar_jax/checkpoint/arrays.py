@@ -1,12 +1,25 @@
-"""Copies and bit patterns of numpy arrays in any layout and dtype, for files that want them row-major."""
+"""Copies, bit patterns and checks of numpy arrays in any layout and dtype, for files that want them row-major."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 _TILE = 512  # side of the tiles in which a matrix is copied: two of them stay in cache
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """Shape and dtype of a stored array, and the file or item that it is in."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    where: str
 
 
 def bits(x: np.ndarray) -> np.ndarray:
@@ -34,3 +47,41 @@ def materialize(x: np.ndarray, dtype: Any = None) -> np.ndarray:
     out = np.empty(x.shape, dtype)
     copy_into(out, x)
     return out
+
+
+_BLOCK_ELEMENTS = 1 << 24
+
+
+def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+    """All elements in the order of memory (no copy of a transposed array), in one-dimensional blocks."""
+    flat = x.ravel(order="K")
+    return (flat[i : i + _BLOCK_ELEMENTS] for i in range(0, flat.size, _BLOCK_ELEMENTS))
+
+
+def not_finite(x: np.ndarray) -> int:
+    """How many values of a float array are infinite or no number."""
+    top = bits(np.array(np.inf, x.dtype))  # the exponent's bits
+    return sum(int(np.count_nonzero((bits(block) & top) == top)) for block in blocks(x))
+
+
+def overflowing(x: np.ndarray, dtype: np.dtype) -> int:
+    """How many finite values of a float array another dtype cannot hold."""
+    if dtype == x.dtype:
+        return 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        return sum(not_finite(block.astype(dtype)) - not_finite(block) for block in blocks(x))
+
+
+def is_rounding(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether ``y`` is ``x`` within one rounding to its own dtype: half a step, and half of its smallest number."""
+    if x.dtype == y.dtype:
+        return np.array_equal(bits(x), bits(y))
+    kind = ml_dtypes.finfo(y.dtype)
+    half, least = float(kind.eps) / 2, float(kind.smallest_subnormal) / 2
+    x, y = np.atleast_1d(x, y)
+    rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(x.shape[1:])))
+    for row in range(0, len(x), rows):
+        p, q = (side[row : row + rows].astype(np.float64) for side in (x, y))
+        if not (np.abs(p - q) <= np.maximum(half * np.abs(p), least)).all():
+            return False
+    return True

@@ -14,6 +14,7 @@ Frozen position tables are computed, never copied: checked on the way in, writte
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,22 +24,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from unichar_jax.checkpoint import lora, store, table, writing
+from unichar_jax.checkpoint import lora, runs, store, table, torch_files, writing
 from unichar_jax.checkpoint import weights as weights_lib
-from unichar_jax.checkpoint.arrays import bits, materialize
+from unichar_jax.checkpoint.arrays import is_rounding, not_finite, overflowing
 from unichar_jax.checkpoint.safetensors_io import write_file
+from unichar_jax.checkpoint.torch_files import TorchTensors, open_model
 from unichar_jax.checkpoint.weights import (
     AE_FILE,
     AUTOENCODER,
     MODEL,
     ArrayInfo,
     Problems,
-    TorchTensors,
     TorchWeights,
     Weights,
 )
 from unichar_jax.checkpoint.writing import OnBytes
-from unichar_jax.config.model import ModelConfig
+from unichar_jax.config.model import LLM_FILE, ModelConfig, has_tied_head
 from unichar_jax.errors import UserError, did_you_mean
 
 DTYPES = {
@@ -107,6 +108,7 @@ class Plan:
     tokenizer_from: Path | None
     frozen: Mapping[str, np.dtype] = field(default_factory=dict)
     shard_bytes: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -157,7 +159,7 @@ def plan(
         raise UserError(
             f"dtype '{dtype}' is unknown{did_you_mean(dtype, DTYPES)}; expected {', '.join(DTYPES)}."
         )
-    base = None if base is None else Path(base)
+    base = None if base is None else runs.find(base)
     target = None if dtype is None else DTYPES[dtype]
     if not src.exists():
         raise UserError(f"{src}: no such file or directory.")
@@ -179,43 +181,50 @@ def _plan_import(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
     folder = src if src.is_dir() else src.parent
     homes = _homes(folder, base)
     files = weights_lib.model_files(src) if src.is_dir() else [src]
-    tensors = TorchTensors(files)
-    merge = _is_language_model(tensors)
-    if merge and base is None:
-        raise UserError(
-            f"{src}: holds the language model alone. Give the model it was trained from:"
-            f" unichar convert {src} {dst} --base BAGEL_DIRECTORY"
-        )
+    if base is None and not (folder / store.CONFIG_FILE).is_file():
+        torch_files.refuse_language_model_alone(src, dst, TorchTensors(files))
     config_home = _config_home(homes)
     cfg = ModelConfig.from_bagel(config_home)
-    entries = table.model_table(cfg)
-    if merge:
-        tensors = TorchTensors(files, prefix=table.LM_PREFIX)
-        entries = tuple(e for e in entries if e.torch.startswith(table.LM_PREFIX))
+    tensors = open_model(files, cfg, config_home)
+    table_ = table.model_table(cfg)
+    absent = torch_files.absent_parts(src, tensors, table_)
+    if absent and base is None:
+        raise torch_files.incomplete(src, dst, absent)
+    entries = tuple(e for e in table_ if table.group_of(e.ours) not in absent)
     source: Weights = TorchWeights(tensors, entries)
     problems = {str(src): weights_lib.check_torch(cfg, tensors, entries)}
-    if merge and base is not None:
-        rest, problems[str(base)] = weights_lib.examine(base, cfg, MODEL)
-        source = MergedWeights(source, rest)
+    notes = list(tensors.notes)
+    if absent and base is not None:
+        rest, problems[str(base)] = weights_lib.examine(
+            base, cfg, MODEL, runs.weights_item(base), adapters=True
+        )
+        source = MergedWeights(source, lora.merged(rest))
+        notes.append(f"from the base: {', '.join(absent)}")
     home = _autoencoder_home(src, homes)
     autoencoder, problems[f"{home} (autoencoder)"] = weights_lib.examine(home, cfg, AUTOENCODER)
     weights_lib.raise_problems(problems)
     names = ", ".join(f.name for f in files) if len(files) < 3 else f"{len(files)} shards"
     stored = tensors.infos
+    alone = absent and absent.keys() == torch_files.BESIDE_LANGUAGE_MODEL
     return Plan(
         src,
         dst,
         to_orbax=True,
-        flavour="language model merged over the base" if merge else "full model",
+        flavour="language model merged over the base"
+        if alone
+        else "part of a model"
+        if absent
+        else "full model",
         cfg=cfg,
         parts=(
-            Part(MODEL, names, table.model_table(cfg), source, dtype),
+            Part(MODEL, names, table_, source, dtype),
             Part(AUTOENCODER, _name(home, folder), table.autoencoder_table(cfg.autoencoder), autoencoder),
         ),
         config_from=config_home,
         tokenizer_from=_tokenizer_home(homes),
         frozen={n: stored[n].dtype for n in table.frozen_tables(cfg) if n in stored},
         shard_bytes=max(_tensor_bytes(f) for f in tensors.files) if len(files) > 1 else None,
+        notes=tuple(notes),
     )
 
 
@@ -267,13 +276,6 @@ def _config_home(homes: Sequence[Path]) -> Path:
 
 def _tokenizer_home(homes: Sequence[Path]) -> Path | None:
     return next((home for home in homes if writing.has_tokenizer(home)), None)
-
-
-def _is_language_model(tensors: TorchTensors) -> bool:
-    names = tensors.infos
-    return any(n.startswith("model.layers.") for n in names) and not any(
-        n.startswith(table.LM_PREFIX) for n in names
-    )
 
 
 def _autoencoder_home(src: Path, homes: Sequence[Path]) -> Path:
@@ -328,8 +330,8 @@ def execute(
 
     Args:
       made: the plan.
-      verify: read both sides again and compare every array, bit for bit in the written dtype, before the
-        destination appears.
+      verify: read both sides again and compare every array with the source before the destination appears:
+        bit for bit, or within one rounding where it was written in another dtype.
       max_shard_bytes: for safetensors, the size above which the model is split; by default as its source was,
         and otherwise one file, as BAGEL's own loader wants it.
       on_bytes: called with numbers of bytes written and, with ``verify``, compared; see ``total_bytes``.
@@ -343,13 +345,21 @@ def execute(
         else:
             _write_torch(made, folder, max_shard_bytes or made.shard_bytes, on_bytes)
         writing.write_companions(folder, made.cfg, made.config_from, made.tokenizer_from)
+        _untie(folder)
         if verify:
             _verify(made, folder, on_bytes)
 
 
+def _untie(folder: Path) -> None:
+    """A head is always written, so the settings beside it must not tell other loaders to take the embedding."""
+    if has_tied_head(folder):
+        settings = json.loads((folder / LLM_FILE).read_text("utf-8-sig"))
+        writing.write_json(folder / LLM_FILE, settings | {"tie_word_embeddings": False})
+
+
 def _write_orbax(made: Plan, folder: Path, on_bytes: OnBytes | None) -> None:
     for part in made.parts:
-        arrays = part.weights.read(part.names)
+        arrays = _finite(made, part, part.names)
         group = max(weights_lib.GROUP_BYTES, part.largest_bytes)
         writing.write_item(folder / part.name, arrays, part.dtype, on_bytes, group)
     writing.write_format(
@@ -375,14 +385,14 @@ def _write_torch(made: Plan, folder: Path, max_shard_bytes: int | None, on_bytes
             if frozen:
                 yield from ((n, table.frozen_table(made.cfg, n)) for n in run)
             else:
-                yield from _read_torch(model, list(run))
+                yield from _read_torch(made, model, list(run))
 
     writing.write_torch(folder, specs, read, max_shard_bytes, on_bytes)
     specs = dict(sorted(_torch_specs(autoencoder).items()))
     write_file(
         folder / AE_FILE,
         {n: (i.shape, i.dtype) for n, i in specs.items()},
-        _read_torch(autoencoder, list(specs)),
+        _read_torch(made, autoencoder, list(specs)),
         on_write=on_bytes,
     )
 
@@ -391,12 +401,34 @@ def _torch_specs(part: Part) -> dict[str, ArrayInfo]:
     return {e.torch: ArrayInfo(e.torch_shape, part.target_dtype(e.ours), part.name) for e in part.entries}
 
 
-def _read_torch(part: Part, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+def _read_torch(made: Plan, part: Part, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Arrays of a part under their PyTorch names and in PyTorch's layout, as views."""
     by_torch = {e.torch: e for e in part.entries}
-    arrays = part.weights.read([by_torch[n].ours for n in names])
+    arrays = _finite(made, part, [by_torch[n].ours for n in names])
     for name in names:
         yield name, by_torch[name].to_torch(next(arrays)[1])
+
+
+def _finite(made: Plan, part: Part, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads arrays, and refuses the first that is not finite, as it is stored or as it will be written."""
+    torch = {e.ours: e.torch for e in part.entries}
+    for name, x in part.weights.read(names):
+        target = part.target_dtype(name)
+        bad = not_finite(x)
+        if bad or (lost := overflowing(x, target)):
+            what = (
+                "are not finite"
+                if bad
+                else f"do not fit {target}, whose largest is {ml_dtypes.finfo(target).max:g}"
+            )
+            remedy = (
+                "the checkpoint is damaged, or its training had failed" if bad else "take --dtype bfloat16"
+            )
+            raise UserError(
+                f"{made.src}: {torch[name]}: {bad or lost:,} of {x.size:,} values {what}; nothing was written. Remedy:"
+                f" {remedy}."
+            )
+        yield name, x
 
 
 def _verify(made: Plan, folder: Path, on_bytes: OnBytes | None) -> None:
@@ -405,12 +437,11 @@ def _verify(made: Plan, folder: Path, on_bytes: OnBytes | None) -> None:
         written = weights_lib.open_weights(folder, made.cfg, part.name)
         sources, targets = part.weights.read(part.names), written.read(part.names)
         for name in part.names:
-            expected = materialize(next(sources)[1], part.target_dtype(name))
-            got = materialize(next(targets)[1])
-            if not np.array_equal(bits(expected), bits(got)):
+            expected, got = next(sources)[1], next(targets)[1]
+            if got.dtype != part.target_dtype(name) or not is_rounding(expected, got):
                 different.append(f"{part.name}: {name}")
             if on_bytes is not None:
-                on_bytes(expected.nbytes)
+                on_bytes(got.nbytes)
             del expected, got  # before the next pair is read
     if different:
         shown = "\n  ".join(different)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unichar_jax.checkpoint import store
+from unichar_jax.checkpoint import store, table
 from unichar_jax.checkpoint import weights as weights_lib
 from unichar_jax.checkpoint.arrays import bits
 from unichar_jax.checkpoint.weights import AE_FILE, AUTOENCODER, MODEL, ArrayInfo, Weights
@@ -23,16 +23,6 @@ from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
 
 _BLOCK_ELEMENTS = 1 << 24
-
-# Beginning of an array's name -> the part of the model that it is counted under; the first match holds.
-_GROUPS = {
-    "embed.": "text embedding",
-    "lm_head.": "text head",
-    "vision.": "vision tower",
-    "connector.": "connector",
-    "time_embedder.": "latent input, head and time",
-    "latent_": "latent input, head and time",
-}
 
 
 @dataclass(frozen=True)
@@ -91,17 +81,9 @@ def inspect(path: str | Path, item: str | None = None) -> Inspection:
     rows: list[Row] = []
     for part, weights in _parts(path, cfg, item).items():
         for entry in weights_lib.expected_arrays(cfg, part):
-            group = AUTOENCODER if part == AUTOENCODER else group_of(entry.ours)
+            group = AUTOENCODER if part == AUTOENCODER else table.group_of(entry.ours)
             rows.append(Row(entry.ours, entry.torch, group, weights.infos[entry.ours]))
     return Inspection(path, cfg, tuple(rows))
-
-
-def group_of(name: str) -> str:
-    """The part of the model that an array is counted under."""
-    for beginning, group in _GROUPS.items():
-        if name.startswith(beginning):
-            return group
-    return "decoder, understanding expert" if ".und." in name else "decoder, generation expert"
 
 
 def diff(

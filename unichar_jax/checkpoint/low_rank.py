@@ -163,7 +163,7 @@ def difference(
 
 def _open(finetune: Path, base: Path, dst: Path, item: str | None) -> tuple[ModelConfig, Weights, Weights]:
     """Both sides under the same names and of the same shapes."""
-    base = runs.resolve(base)
+    base = runs.find(base)
     cfg = store.load_config(base)
     stored = weights_lib.open_weights(base, cfg, MODEL, runs.weights_item(base), adapters=True)
     old = lora_file.merged(stored)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unichar_jax.errors import UserError
+from unichar_jax.checkpoint.remote import fetched
+from unichar_jax.config import presets
+from unichar_jax.errors import UserError, did_you_mean
 
 
 def is_run(path: Path) -> bool:
@@ -15,6 +17,24 @@ def complete_steps(run: Path) -> list[int]:
     """Steps whose checkpoint is complete, oldest first (an unfinished one has another name or no marker)."""
     folders = [p for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
     return sorted(int(p.name) for p in folders if (p / "_CHECKPOINT_METADATA").is_file())
+
+
+def find(name: str | Path) -> Path:
+    """What a user names as a model (a run, a directory of any kind, a folder in a bucket, a model that ships), as
+    ``resolve`` gives it.
+
+    Raises:
+      UserError: nothing has that name.
+    """
+    given = fetched(str(name))
+    folder = given if given.is_dir() else presets.folder_or_shipped(name)
+    if not folder.is_dir():
+        shipped = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+        raise UserError(
+            f"{name}: not a directory{did_you_mean(str(name), shipped)}. Expected a run, a model directory, a BAGEL"
+            f" directory, or a model that ships: {', '.join(shipped)}."
+        )
+    return resolve(folder)
 
 
 def resolve(path: str | Path) -> Path:

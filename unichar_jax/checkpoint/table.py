@@ -24,6 +24,15 @@ from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.unified import UnifiedModel, position_table
 
+# Beginning of an array's name -> the part of the model that it is counted under; the first match holds.
+_GROUPS = {
+    "embed.": "text embedding",
+    "lm_head.": "text head",
+    "vision.": "vision tower",
+    "connector.": "connector",
+    "time_embedder.": "latent input, head and time",
+    "latent_": "latent input, head and time",
+}
 LM_PREFIX = "language_model."
 LATENT_TABLE = "latent_pos_embed.pos_embed"
 VISION_TABLE = "vit_pos_embed.pos_embed"
@@ -150,6 +159,14 @@ def _layout(name: str, shape: tuple[int, ...]) -> str:
     if len(shape) == 4:
         return "conv"
     return "conv1x1" if ".attn_1." in name else "transpose"
+
+
+def group_of(name: str) -> str:
+    """The part of the model that an array is counted under."""
+    for beginning, group in _GROUPS.items():
+        if name.startswith(beginning):
+            return group
+    return "decoder, understanding expert" if ".und." in name else "decoder, generation expert"
 
 
 def unstacked_specs(module: Any) -> dict[str, params.ArraySpec]:

@@ -11,7 +11,6 @@ one error. Nothing here writes (``writing.py`` does).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,30 +20,22 @@ import ml_dtypes
 import numpy as np
 
 from unichar_jax.checkpoint import table
-from unichar_jax.checkpoint.safetensors_io import TensorFile, open_file
+from unichar_jax.checkpoint.arrays import ArrayInfo
+from unichar_jax.checkpoint.torch_files import (
+    AE_FILE,
+    HEAD,
+    UNTIED,
+    TorchTensors,
+    model_files,
+    open_model,
+)
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
-from unichar_jax.records import Findings, read_settings, shown
 
 MODEL, AUTOENCODER = "model", "autoencoder"
 STEP_ITEM = "weights"  # the item of a training step that holds the model
-AE_FILE = "ae.safetensors"
-SINGLE_FILES = (
-    "ema.safetensors",
-    "model.safetensors",
-)  # in order of preference, as BAGEL's loaders
-INDEX_FILE = "model.safetensors.index.json"
 GROUP_BYTES = 256 << 20  # arrays that are read or written by one Orbax call, unless one alone is larger
 FLOATS = tuple(np.dtype(d) for d in (np.float32, ml_dtypes.bfloat16, np.float16))
-
-
-@dataclass(frozen=True)
-class ArrayInfo:
-    """Shape and dtype of a stored array, and the file or item that it is in."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    where: str
 
 
 class Weights(Protocol):
@@ -100,9 +91,15 @@ def raise_problems(problems: Mapping[str, Problems]) -> None:
         if found:
             lines += [f"{where}: the weights do not fit the model.", *found.lines()]
     if lines:
-        lines.append(
-            "Check that llm_config.json, vit_config.json and extra_config.json belong to these weights."
-        )
+        of_head = [
+            f"    {name}" for found in problems.values() for name in found.missing if name.startswith(HEAD)
+        ]
+        if of_head and lines[2:] == of_head:
+            lines.append(UNTIED)
+        else:
+            lines.append(
+                "Check that llm_config.json, vit_config.json and extra_config.json belong to these weights."
+            )
         raise UserError("\n".join(lines))
 
 
@@ -120,78 +117,6 @@ def check_arrays(
             problems.shapes.append(f"{name}: expected {list(shape)}, got {list(info.shape)}")
         if info.dtype not in FLOATS:
             problems.dtypes.append(f"{name}: got {info.dtype}")
-
-
-# -- BAGEL directories --------------------------------------------------------------------------------------
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files of a BAGEL directory that hold the unified model: one, or the shards that the index names."""
-    for name in SINGLE_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    index = folder / INDEX_FILE
-    if index.is_file():
-        shards = _shards_of(index)
-        absent = [s for s in shards if not (folder / s).is_file()]
-        if absent:
-            raise UserError(
-                f"{index}: names {len(shards)} shards, of which {len(absent)} are missing in {folder}:"
-                f" {', '.join(absent)}. Download them again."
-            )
-        return [folder / s for s in shards]
-    raise UserError(
-        f"{folder}: no weights; expected {' or '.join(SINGLE_FILES)}, or {INDEX_FILE} with its shards."
-    )
-
-
-def _shards_of(index: Path) -> list[str]:
-    """The files that an index names, which must be beside it."""
-    found = Findings()
-    record = read_settings(found, index)
-    names = record.inner("weight_map")
-    if record.ok and (names is None or (names.ok and not names.data)):
-        record.error("weight_map", "the file of every tensor", "nothing", "download the index again")
-    files = {} if names is None else names.data
-    for tensor, file in files.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", file):
-            record.error(
-                shown(tensor), "a .safetensors file in this folder", shown(file), "correct the index"
-            )
-            break  # one of what may be thousands
-    found.refuse()
-    return sorted(set(files.values()))
-
-
-class TorchTensors:
-    """The tensors of one or several safetensors files by PyTorch name; doubled names are remembered.
-
-    ``prefix`` is put before every name: BAGEL's language model is also published alone, without its prefix.
-    """
-
-    def __init__(self, paths: Iterable[Path], prefix: str = ""):
-        self.files: list[TensorFile] = [open_file(p) for p in paths]
-        self.doubled: list[str] = []
-        self._prefix = prefix
-        self._file: dict[str, TensorFile] = {}
-        for file in self.files:
-            for stored in file.tensors:
-                name = prefix + stored
-                if name in self._file:
-                    self.doubled.append(f"{name}: {self._file[name].path.name}, {file.path.name}")
-                else:
-                    self._file[name] = file
-
-    @property
-    def infos(self) -> dict[str, ArrayInfo]:
-        stored = {n: f.tensors[n.removeprefix(self._prefix)] for n, f in self._file.items()}
-        return {n: ArrayInfo(t.shape, t.dtype, t.file.name) for n, t in stored.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file
-
-    def read(self, name: str) -> np.ndarray:
-        return self._file[name].read(name.removeprefix(self._prefix))
 
 
 class TorchWeights:
@@ -411,5 +336,8 @@ def examine(
         }
         check_arrays(problems, {e.ours: e.shape for e in entries}, stored)
         return weights, problems
-    tensors = TorchTensors(model_files(folder) if part == MODEL else [folder / AE_FILE])
+    if part == MODEL:
+        tensors = open_model(model_files(folder), cfg, folder)
+    else:
+        tensors = TorchTensors([folder / AE_FILE])
     return TorchWeights(tensors, entries), check_torch(cfg, tensors, entries, part)

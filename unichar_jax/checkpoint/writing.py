@@ -24,7 +24,8 @@ from unichar_jax import __version__
 from unichar_jax.checkpoint import weights
 from unichar_jax.checkpoint.arrays import materialize
 from unichar_jax.checkpoint.safetensors_io import write_file
-from unichar_jax.checkpoint.weights import INDEX_FILE, SINGLE_FILES, ArrayInfo, array_bytes
+from unichar_jax.checkpoint.torch_files import INDEX_FILE, SINGLE_FILES
+from unichar_jax.checkpoint.weights import ArrayInfo, array_bytes
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
 

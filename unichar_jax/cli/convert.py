@@ -32,7 +32,7 @@ def convert(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     verify: bool = False,
     dry_run: bool = False,
-    base: Path | None = None,
+    base: str | None = None,
     item: str | None = None,
     max_shard_gib: float | None = None,
     merge: Path | None = None,
@@ -52,9 +52,11 @@ def convert(
       paths: a BAGEL directory, safetensors file, converted directory, run or checkpoint step; and the
         directory to write, which must not exist.
       dtype: of what is written; by default as stored (adapters from a difference: bfloat16).
-      verify: read both sides again and compare every array bit for bit.
+      verify: read both sides again and compare every array with its source, bit for bit or, in another dtype,
+        within one rounding.
       dry_run: print what would be done, and write nothing.
-      base: directory that supplies what SRC lacks (the rest of a model, configs, tokenizer, autoencoder).
+      base: model that supplies what SRC lacks (the rest of a model, configs, tokenizer, autoencoder): a directory
+        of any kind, a run, or one that ships, as mini.
       item: of a checkpoint step, weights or ema.
       max_shard_gib: split an export into files of at most this size.
       merge: a folder of adapters to merge into SRC.
@@ -80,6 +82,8 @@ def convert(
         item = item or runs.weights_item(src)
     made = convert_lib.plan(src, dst, dtype=dtype, base=base, item=item, adapters=merge)
     console.print(accounting(made))
+    for note in made.notes:
+        console.print(f"note: {note}", markup=False)
     if made.tokenizer_from is None:
         console.print("[yellow]no tokenizer files were found beside the weights: none are written")
     if dry_run:

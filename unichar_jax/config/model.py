@@ -289,6 +289,11 @@ class ModelConfig:
         )
 
 
+def has_tied_head(folder: Path) -> bool:
+    """Whether the text head is the embedding, by the settings that ``ModelConfig.from_bagel`` has checked."""
+    return read_settings(Findings(), folder / LLM_FILE).flag("tie_word_embeddings")
+
+
 def _autoencoder(vae: Record | None) -> dict[str, Any]:
     if vae is None:
         return {}
