@@ -209,21 +209,19 @@ def test_a_judge_has_nothing_of_a_scorer():
 GIVEN = """
 from pathlib import Path
 
-import jax
-
 from unichar_jax.config.grpo import RewardTerm
 from unichar_jax.evaluation.judge import Judge, load_judge
-from unichar_jax.scoring.base import References, Scorer, ScoreContext, score_all
+from unichar_jax.scoring.base import References, Scorer
 from unichar_jax.training.grpo.rewards import Rewards
 
 
-def wrong(judge: Judge, images: jax.Array, context: ScoreContext) -> None:
-    score_all([judge], images, context)
+def wrong(judge: Judge) -> None:
+    scorers: list[Scorer] = [judge]
     Rewards([RewardTerm("x")], [load_judge(Path("judge"))], References())
 
 
-def right(scorer: Scorer, images: jax.Array, context: ScoreContext) -> None:
-    score_all([scorer], images, context)
+def right(scorer: Scorer) -> None:
+    scorers: list[Scorer] = [scorer]
     Rewards([RewardTerm("x")], [scorer], References())
 """
 
@@ -247,7 +245,7 @@ def test_types_keep_judges_from_rewards(tmp_path):
         env={**os.environ, "MYPYPATH": str(REPOSITORY)},
     )
     errors = [line.split("given.py:")[1] for line in found.stdout.splitlines() if ": error:" in line]
-    assert [e.split(":")[0] for e in errors] == ["13", "14"], found.stdout + found.stderr
+    assert [e.split(":")[0] for e in errors] == ["11", "12"], found.stdout + found.stderr
     assert all('expected "Scorer"' in e for e in errors)
 
 
