@@ -17,7 +17,7 @@ from unichar_jax.errors import UserError
 from unichar_jax.models import flops
 from unichar_jax.parallel.chips import CHIPS
 from unichar_jax.parallel.mesh import gather, make_mesh
-from unichar_jax.plan import program, topology
+from unichar_jax.plan import program, topology, workload
 from unichar_jax.plan import sft as plan_lib
 from unichar_jax.plan.grpo import round_cost
 from unichar_jax.plan.program import Collective, Memory
@@ -331,11 +331,11 @@ def test_plan_and_report(monkeypatch):
     ],
 )
 def test_what_the_compiler_says_when_it_finds_no_room(message, gib):
-    assert plan_lib._bytes_asked(f"RESOURCE_EXHAUSTED: {message}") == gib * 2**30
+    assert workload._bytes_asked(f"RESOURCE_EXHAUSTED: {message}") == gib * 2**30
 
 
 def test_a_refusal_without_a_number_names_none():
-    assert plan_lib._bytes_asked("RESOURCE_EXHAUSTED: Failed to allocate request.") is None
+    assert workload._bytes_asked("RESOURCE_EXHAUSTED: Failed to allocate request.") is None
 
 
 def test_turns_in_guidance_cost_what_they_draw():

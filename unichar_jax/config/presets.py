@@ -52,12 +52,26 @@ def find(name_or_path: str) -> Path:
 
 def load(cls: type[C], name_or_path: str) -> C:
     """Reads an experiment file into a frozen dataclass."""
+    return from_dict(cls, _tree(name_or_path), where=str(find(name_or_path)))
+
+
+def is_of(cls: type, name_or_path: str) -> bool:
+    """Whether all fields of an experiment file are this dataclass's: which stage a file is of."""
+    return _tree(name_or_path).keys() <= {f.name for f in dataclasses.fields(cls)}
+
+
+def runs() -> dict[str, str]:
+    """The run's directory of each preset -> the base that it starts from, where the preset names both."""
+    trees = map(_tree, available())
+    return {t["run_dir"]: t["base"] for t in trees if "run_dir" in t and "base" in t}
+
+
+def _tree(name_or_path: str) -> dict[str, Any]:
     path = find(name_or_path)
     try:
-        tree = tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"configuration {path}: not valid TOML ({error}).") from None
-    return from_dict(cls, tree, where=str(path))
 
 
 def from_dict(cls: type[C], tree: dict[str, Any], where: str = "configuration") -> C:

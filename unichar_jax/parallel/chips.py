@@ -33,6 +33,9 @@ CHIPS: dict[str, Chip] = {
         Chip("v5e", "tpu", 197e12, 15.75 * GIB, 819e9, 90e9),
         Chip("v5p", "tpu", 459e12, 95 * GIB, 2765e9, 270e9),
         Chip("v6e", "tpu", 918e12, 31.25 * GIB, 1640e9, 180e9),
+        Chip("a100-40", "cuda", 312e12, 40e9, 1555e9, 300e9),
+        Chip("a100-80", "cuda", 312e12, 80e9, 2039e9, 300e9),
+        Chip("rtx4090", "cuda", 165e12, 24e9, 1008e9, 32e9),
         Chip("h100", "cuda", 989e12, 80e9, 3350e9, 450e9),
         Chip("h200", "cuda", 989e12, 141e9, 4800e9, 450e9),
     )
@@ -44,6 +47,10 @@ _KINDS = {
     "TPU v5e": "v5e",
     "TPU v5": "v5p",
     "TPU v6": "v6e",
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-PCIE-40GB": "a100-40",
+    "NVIDIA A100": "a100-80",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
     "NVIDIA H100": "h100",
     "NVIDIA H200": "h200",
 }

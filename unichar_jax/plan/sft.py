@@ -8,14 +8,13 @@ over the device's peak.
 from __future__ import annotations
 
 import dataclasses
-import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from unichar_jax.config.model import ModelConfig
@@ -24,9 +23,9 @@ from unichar_jax.models import flops, kernels, params
 from unichar_jax.models.streams import Batch, LatentStream, TextStream, TokenMeta, VitStream
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.parallel.chips import GIB
-from unichar_jax.plan import program as program_lib
 from unichar_jax.plan.program import Collective, Flops, Memory
 from unichar_jax.plan.topology import Topology
+from unichar_jax.plan.workload import compile_program
 from unichar_jax.training.optimizer import make_optimizer, state_shardings
 from unichar_jax.training.start import declare
 from unichar_jax.training.state import TRAINABLE, Layout, TrainState
@@ -132,13 +131,11 @@ def abstract_batch(cfg: ModelConfig, capacities: tuple[int, int, int], rows: int
     )
 
 
-def abstract_run(cfg: SFTConfig, model: ModelConfig, mesh: Mesh) -> tuple[Any, TrainState, Layout]:
-    """The jitted training step, and the shapes and shardings of its state."""
-    layout = Layout(declare(cfg, model))
-    trained, frozen = layout.split(
-        params.flat(params.abstract(layout.module, mesh)), TRAINABLE[cfg.trainable]
-    )
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+def abstract_state(
+    layout: Layout, optimizer: optax.GradientTransformation, mesh: Mesh, trainable: str, ema: bool
+) -> TrainState:
+    """Shapes and shardings of a run's state."""
+    trained, frozen = layout.split(params.flat(params.abstract(layout.module, mesh)), TRAINABLE[trainable])
     opt = jax.eval_shape(optimizer.init, trained)
     opt = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
@@ -146,7 +143,13 @@ def abstract_run(cfg: SFTConfig, model: ModelConfig, mesh: Mesh) -> tuple[Any, T
         state_shardings(opt, trained, mesh),
     )
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
-    state = TrainState(count, trained, frozen, opt, trained if cfg.optimizer.ema_decay else None)
+    return TrainState(count, trained, frozen, opt, trained if ema else None)
+
+
+def abstract_run(cfg: SFTConfig, model: ModelConfig, mesh: Mesh) -> tuple[Any, TrainState, Layout]:
+    """The jitted training step, and the shapes and shardings of its state."""
+    layout, optimizer = Layout(declare(cfg, model)), make_optimizer(cfg.optimizer, cfg.steps)
+    state = abstract_state(layout, optimizer, mesh, cfg.trainable, cfg.optimizer.ema_decay > 0)
     return jit_step(cfg, model, layout, optimizer, NUM_TASKS, state, mesh), state, layout
 
 
@@ -161,24 +164,14 @@ def make_plan(
     mesh = mesh_lib.make_mesh(cfg.mesh, topology.devices())
     capacities = cfg.data.capacities or assumed_capacities(cfg.data.tokens_per_row)
     rows = mesh_lib.global_batch_size(mesh, cfg.data.rows_per_device) * cfg.accumulate
-    start = time.monotonic()
     with jax.set_mesh(mesh):
         kernel = kernels.resolve(cfg.compute.attention)
         step, state, layout = abstract_run(cfg, model, mesh)
-        say(f"tracing the step of {params.count(layout.module):,} parameters on {topology.size} devices")
-        traced = step.trace(state, abstract_batch(model, capacities, rows, mesh))
-        executed = program_lib.count_flops(traced.jaxpr.jaxpr)
-        say("compiling (a minute or more at full size)")
-        memory, needed, sent = None, None, []
-        try:
-            compiled = traced.lower().compile()
-            memory = Memory.of(compiled)
-            sent = program_lib.collectives(compiled.as_text())
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            needed = _bytes_asked(str(error))
-    seconds = time.monotonic() - start
+        say(
+            f"compiling the step of {params.count(layout.module):,} parameters on {topology.size} devices"
+            " (a minute or more at full size)"
+        )
+        program = compile_program("step", step, state, abstract_batch(model, capacities, rows, mesh))
     work = _work(capacities, rows)
     return Plan(
         topology,
@@ -189,13 +182,13 @@ def make_plan(
         rows,
         kernel,
         kernel == kernels.choose(topology.chip.platform)[0],
-        memory,
-        needed,
+        program.memory,
+        program.needed,
         flops.train_step(model, work, PASSES.get(cfg.trainable, 3)),
         3 * flops.attention_of(model, work),
-        executed,
-        sent,
-        seconds,
+        program.executed,
+        program.collectives,
+        program.seconds,
         cheapest_changes(cfg, model, topology, state, sum(capacities)),
     )
 
@@ -207,12 +200,6 @@ def _work(capacities: tuple[int, int, int], rows: int) -> flops.Work:
     clean = text + vit
     pairs = clean**2 / 2 + latent * (clean + latent)
     return flops.Work(*(rows * n for n in (text, vit, latent, text, pairs, vit**2)))
-
-
-def _bytes_asked(message: str) -> float | None:
-    """What the TPU compiler asked for, of all or (if those alone are too much) of temporaries; None if not said."""
-    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMG])", message)
-    return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[found[2]] if found else None
 
 
 def cheapest_changes(

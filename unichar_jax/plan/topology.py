@@ -7,6 +7,7 @@ of finding one.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -20,22 +21,41 @@ import jax
 from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.parallel.chips import CHIPS, Chip
 
-# What the CUDA compiler asks of a device, where none is there (a GpuTargetConfigProto in text). Of the two
-# Hopper chips here, only the memory differs.
-_HOPPER = """gpu_device_info {{
-  cuda_compute_capability {{ major: 9 }}
-  core_count: 132  fpus_per_core: 128  threads_per_warp: 32
-  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+# What the CUDA compiler asks of a device, where none is there (a GpuTargetConfigProto in text).
+_TARGET = """gpu_device_info {{
+  cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+  core_count: {cores}  fpus_per_core: {units}  threads_per_warp: 32
+  threads_per_block_limit: 1024  threads_per_core_limit: {threads}
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  shared_memory_per_block: 49152  shared_memory_per_core: {shared}  shared_memory_per_block_optin: {most_shared}
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
   memory_bandwidth: {bandwidth:.0f}  device_memory_size: {memory:.0f}
-  l2_cache_size: 52428800  clock_rate_ghz: 1.98
+  l2_cache_size: {cache}  clock_rate_ghz: {clock}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "NVIDIA {name}"
 """
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """Of a GPU, from CUDA's tables: units and threads of a core, bytes of its shared memory and of the L2 cache."""
+
+    capability: tuple[int, int]
+    cores: int
+    units: int
+    threads: int
+    shared: int
+    most_shared: int
+    cache: int
+    clock: float
+
+
+_HOPPER = _Architecture((9, 0), 132, 128, 2048, 233472, 232448, 52428800, 1.98)
+_AMPERE = _Architecture((8, 0), 108, 64, 2048, 167936, 166912, 41943040, 1.41)
+_ADA = _Architecture((8, 9), 128, 128, 1536, 102400, 101376, 75497472, 2.52)
+_ARCHITECTURES = {"h100": _HOPPER, "h200": _HOPPER, "a100-40": _AMPERE, "a100-80": _AMPERE, "rtx4090": _ADA}
 
 
 @dataclass(frozen=True)
@@ -81,8 +101,11 @@ class Topology:
                 platform="cuda",
                 topology_name="",
                 topology="x".join(map(str, (1,) * (3 - len(self.shape)) + self.shape)),
-                target_config=_HOPPER.format(
-                    name=self.chip.name.upper(), memory=self.chip.memory, bandwidth=self.chip.bandwidth
+                target_config=_TARGET.format(
+                    name=self.chip.name.upper(),
+                    memory=self.chip.memory,
+                    bandwidth=self.chip.bandwidth,
+                    **dataclasses.asdict(_ARCHITECTURES[self.chip.name]),
                 ),
             ).devices
         except (jax.errors.JaxRuntimeError, ValueError) as error:

@@ -188,7 +188,7 @@ class Roller:
             images = decode(autoencoder, final, grid, patch)
             return final, record, images
 
-        self._draw = jax.jit(draw)
+        self.program = jax.jit(draw)
         self._join = jax.jit(self._joined)
 
     def __call__(self, model: UnifiedModel, autoencoder: Autoencoder, cache: KVCache, round_: Round) -> Drawn:
@@ -202,7 +202,7 @@ class Roller:
         for batch, first in enumerate(range(0, cfg.prompts_per_round, cfg.prompts_per_batch)):
             chosen = slice(first, first + cfg.prompts_per_batch)
             lanes = [
-                self._draw(
+                self.program(
                     model,
                     autoencoder,
                     cache,

@@ -54,7 +54,7 @@ from unichar_jax.training.grpo.rollouts import (
     round_key,
     settings_of,
 )
-from unichar_jax.training.grpo.update import Share, finish_round, make_update
+from unichar_jax.training.grpo.update import Share, finish_round, jit_update
 from unichar_jax.training.grpo.watch import HackingWatch, best_and_worst
 from unichar_jax.training.state import Arrays, Layout, TrainState
 
@@ -110,14 +110,7 @@ class Trainer:
         self.cache = read_prompts(model, ids)
         self._reference = _reference(cfg, self.algorithm, state)
         self._roll = Roller(cfg, self.algorithm, self._settings, self._grid, self._patch)
-        update = make_update(layout, self.algorithm, optimizer, cfg.micro_batch)
-
-        def learn(moving: TrainState, frozen: Arrays, *rest: Any):
-            learned, metrics = update(dataclasses.replace(moving, frozen=frozen), *rest)
-            return dataclasses.replace(learned, frozen={}), metrics
-
-        # Frozen weights are kept out of what is donated: they outlive every step.
-        self._learn = jax.jit(learn, donate_argnums=0)
+        self._learn = jit_update(layout, self.algorithm, optimizer, cfg.micro_batch)
         self._finish = jax.jit(finish_round, donate_argnums=0)
         self._share = jax.jit(_share_of, static_argnums=2)
         self._draw_held_out = jax.jit(self._deterministic, static_argnames="settings")

@@ -104,30 +104,30 @@ def gradients_of(
     return jax.lax.scan(body, zero, batches)[0]
 
 
-def make_update(
-    layout: Layout,
-    algorithm: Algorithm,
-    optimizer: optax.GradientTransformation,
-    micro_batch: int = 0,
+def jit_update(
+    layout: Layout, algorithm: Algorithm, optimizer: optax.GradientTransformation, micro_batch: int = 0
 ) -> Update:
-    """``(state, reference, cache, share, key) -> (state, metrics)``, not yet jitted.
+    """``(moving, frozen, reference, cache, share, key) -> (moving, metrics)``, compiled.
 
-    The average and the count of rounds stay as they are: they move once a round (``finish_round``).
+    ``moving`` is the state without its frozen weights; it is given away, while they outlive every step. The average
+    and the count of rounds stay as they are: they move once a round (``finish_round``).
     """
 
     def update(
-        state: TrainState,
+        moving: TrainState,
+        frozen: Arrays,
         reference: Arrays | None,
         cache: KVCache,
         share: Share,
         key: jax.Array,
     ) -> tuple[TrainState, Metrics]:
+        state = dataclasses.replace(moving, frozen=frozen)
         grads, metrics = gradients_of(layout, algorithm, state, reference, cache, share, key, micro_batch)
-        learned = apply_gradients(dataclasses.replace(state, ema=None), grads, optimizer, ema_decay=0.0)
+        learned = apply_gradients(dataclasses.replace(moving, ema=None), grads, optimizer, ema_decay=0.0)
         metrics["grad_norm"] = optax.global_norm(grads)
-        return dataclasses.replace(learned, step=state.step, ema=state.ema), metrics
+        return dataclasses.replace(learned, step=moving.step, ema=moving.ema), metrics
 
-    return update
+    return jax.jit(update, donate_argnums=0)
 
 
 def finish_round(state: TrainState, decay: jax.Array) -> TrainState:
