@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,11 +66,20 @@ class DataError(UserError):
         super().__init__(f"{where}: {count} in the data.\n{shown}{rest}\n{remedy}")
 
 
-class Findings:
-    """The findings about one folder, in the order of discovery."""
+Gate = Callable[[str], tuple[str, Iterable[tuple[str, str, str, str]]]]
+"""A text to what is read of it, and what there is to tell: severity, expected, got, remedy."""
 
-    def __init__(self) -> None:
+
+class Findings:
+    """The findings about one folder, in the order of discovery.
+
+    Attributes:
+      gate: what every text that a record holds goes through, if anything.
+    """
+
+    def __init__(self, gate: Gate | None = None) -> None:
         self._all: list[Finding] = []
+        self.gate = gate
 
     @property
     def all(self) -> tuple[Finding, ...]:
@@ -95,8 +104,12 @@ class Findings:
         return tuple(f for f in self._all if f.severity == "note")
 
     @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(f for f in self._all if f.severity == "error")
+
+    @property
     def failed(self) -> bool:
-        return any(f.severity == "error" for f in self.all)
+        return bool(self.errors)
 
     def refuse(self) -> None:
         """Raises one ``UserError`` with every error found, if there is one."""
@@ -172,6 +185,10 @@ class Record:
         if _has_surrogate(value):
             self.error(field, "Unicode text", f"half a character in {shown(value)}", "retype it")
             return ""
+        if self.found.gate is not None:
+            value, remarks = self.found.gate(value)
+            for severity, *told in remarks:
+                (self.error if severity == "error" else self.note)(field, *told)
         if required and not value.strip():
             self.error(field, "a text", "an empty one", "fill it in or drop the record")
         return value

@@ -29,19 +29,21 @@ def new(
     profile: Path | None = None,
     dialogues: Path | None = None,
     out: Path = Path("data"),
+    user: str = "User",
 ) -> int:
     """Starts a character from about ten pictures, a profile and some dialogue.
 
     Args:
       name: of the character.
-      images: folder of pictures; a .txt of the same name is a picture's caption.
-      profile: a text file; lines 'Key: value' become facts.
-      dialogues: a text file 'User: ...' / 'NAME: ...', or JSON.
+      images: folder of pictures; a .txt or .caption of the same name is a picture's caption, or metadata.jsonl.
+      profile: a text file whose lines 'Key: value' become facts, or a character card (JSON).
+      dialogues: a text file 'User: ...' / 'NAME: ...', or JSON: ours, ShareGPT's or OpenAI's.
       out: where the dataset is written.
+      user: what {{user}} stands for.
     """
     from unichar_jax.data.new_character import new_character, summary
 
-    print(summary(new_character(name, images, profile, dialogues, out=out)))
+    print(summary(new_character(name, images, profile, dialogues, out=out, user=user)))
     return 0
 
 

@@ -5,22 +5,8 @@ task that misses it. Nothing is invented about the character. The folder appears
 all: everything is written beside its place, read back by the same reader that training uses, and
 then moved. An existing character is never touched.
 
-Dialogue file, as text: exchanges separated by an empty line, an optional opening line first. An
-``Image:`` line names the picture that shows the exchange; without it the exchange is text only.
-
-    Opening: The shop bell rings; Nova looks up.
-
-    Image: waving.jpg
-    User: Good morning!
-    Nova: Morning. Mind the wet paint.
-
-    User: Do you sell maps?
-    Nova: Only of places that hold still.
-
-Or as JSON: ``{"opening": "...", "dialogues": [{"user": "...", "reply": "...", "image": "..."}]}``.
-
-Pictures: a text file beside a picture (``waving.txt`` for ``waving.jpg``) is its caption.
-Profile: plain text. Its ``Key: value`` lines become questions about facts.
+What the user's files look like is said in ``user_files.py``. A profile's ``Key: value`` lines become questions
+about facts.
 """
 
 from __future__ import annotations
@@ -30,13 +16,14 @@ import json
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from unichar_jax.data.files import read_json, read_text
+from unichar_jax.data import words
 from unichar_jax.data.images import (
     OTHER_NAMES,
     READ_NAMES,
@@ -49,6 +36,14 @@ from unichar_jax.data.images import (
 from unichar_jax.data.rl_prompts import WITH_QUESTIONS, read_rl_prompts
 from unichar_jax.data.rolescape import read_character
 from unichar_jax.data.tasks import TASKS, TEST_SETS, eval_items, samples
+from unichar_jax.data.user_files import (
+    Exchange,
+    Profile,
+    find_picture,
+    read_captions,
+    read_dialogues,
+    read_profile,
+)
 from unichar_jax.errors import UserError
 from unichar_jax.records import DataError, Finding, Findings, shown
 
@@ -96,15 +91,6 @@ SITUATIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
-    """One user line and its reply; ``image`` names a picture of the user's folder, or is empty."""
-
-    user: str
-    reply: str
-    image: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class NewCharacter:
     """What was written.
 
@@ -133,6 +119,7 @@ def new_character(
     profile: Path | None = None,
     dialogues: Path | None = None,
     out: Path = Path("data"),
+    user: str = words.USER,
 ) -> NewCharacter:
     """Writes ``<out>/personalized_data/train/<name>`` and ``<out>/personalized_t2i/<name>``.
 
@@ -140,16 +127,20 @@ def new_character(
       UserError: a faulty name, picture, profile or dialogue file, or the character exists. Nothing
         is left behind.
     """
+    name = unicodedata.normalize("NFC", name)
     _check_name(name)
     folder = out / "personalized_data" / "train" / name
     prompts = out / "personalized_t2i" / name.replace(" ", "_")
     for place in (folder, prompts):
         if place.exists():
             raise UserError(f"{place} exists already; choose another name or remove it first.")
-    opening, exchanges = read_dialogues(dialogues, name) if dialogues else ("", ())
-    text = _read_user_text(profile) if profile else ""
-    names = _picture_names(images_dir, exchanges)
     found = Findings()
+    opening, exchanges = read_dialogues(dialogues, name, user, found) if dialogues else ("", ())
+    told = read_profile(profile, name, user, found) if profile else Profile()
+    opening, exchanges = opening or told.opening, (*exchanges, *told.exchanges)
+    exchanges, names = _shown(images_dir, exchanges)
+    captions = read_captions(images_dir, names, name, user, found)
+    captions = {image: captions.get(image) or f"A picture of {name}" for image in names}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as draft:
         draft_folder = Path(draft) / "train" / name
@@ -157,9 +148,7 @@ def new_character(
         draft_folder.mkdir(parents=True)
         draft_prompts.mkdir(parents=True)
         _write_pictures(found, images_dir, names, draft_folder)
-        placeholders = _write_texts(
-            draft_folder, name, text, opening, exchanges, names, _captions(images_dir, names, name)
-        )
+        placeholders = _write_texts(draft_folder, name, told.text, opening, exchanges, names, captions)
         _write_prompts(draft_prompts, name)
         read_rl_prompts(draft_prompts)
         counts, missing = _account(draft_folder, name)
@@ -195,105 +184,17 @@ def summary(new: NewCharacter) -> str:
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w][\w .'-]{0,63}", name) or name != name.strip(" ."):
-        raise UserError(
-            f"The name {shown(name)} cannot be a folder's; expected 1 to 64 letters, digits, spaces "
-            "or - _ . ' and a letter or digit first."
-        )
-    if name.lower() in ("user", "image", "opening"):
+    if reason := words.faulty_name(name):
+        raise UserError(f"The name {shown(name)} cannot be a folder's; expected {reason}.")
+    if words.same(name) in ("user", "image", "opening"):
         raise UserError(f"The name {shown(name)} has a meaning in dialogue files; choose another.")
 
 
-# -- the user's files ----------------------------------------------------------------------------
+# -- pictures ------------------------------------------------------------------------------------
 
 
-def _read_user_text(path: Path) -> str:
-    found = Findings()
-    text = read_text(found, path.parent.resolve(), path.name)
-    if found.failed:
-        raise DataError(path, found.all, "Correct the file and try again.")
-    if text is None:
-        raise UserError(f"{path}: no such file.")
-    return text
-
-
-def read_dialogues(path: Path, name: str) -> tuple[str, tuple[Exchange, ...]]:
-    """The opening and the exchanges of a dialogue file, text or JSON (see the module's head).
-
-    Raises:
-      UserError: the file is absent or not understood; all faults together.
-    """
-    found = Findings()
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise UserError(f"{path}: no such file.")
-        record = read_json(found, path.parent.resolve(), path.name)
-        opening, exchanges = "", []
-        if record:
-            record.expect("opening", "dialogues")
-            opening = record.text("opening", required=False)
-            for item in record.records("dialogues", required=True):
-                item.expect("user", "reply", "image")
-                texts = (item.text("user"), item.text("reply"), item.text("image", required=False))
-                exchanges.append(Exchange(*texts))
-    else:
-        opening, exchanges = _parse_dialogues(found, path.name, _read_user_text(path), name)
-    if found.failed:
-        raise DataError(path, found.all, "The format is described in `unichar data new --help`.")
-    return opening, tuple(exchanges)
-
-
-def _parse_dialogues(found: Findings, file: str, text: str, name: str) -> tuple[str, list[Exchange]]:
-    labels = {"opening": "opening", "image": "image", "user": "user", name.lower(): "reply"}
-    opening, exchanges = "", []
-    blocks = re.split(r"\n\s*\n", text.strip())
-    for number, block in enumerate(block for block in blocks if block.strip()):
-        fields: dict[str, str] = {}
-        current = ""
-        for line in block.splitlines():
-            label, colon, rest = line.partition(":")
-            kind = labels.get(label.strip().lower(), "") if colon else ""
-            if kind and kind in fields:
-                found.error(
-                    file,
-                    f"exchange {number + 1}",
-                    label.strip(),
-                    "one such line",
-                    "another",
-                    "put an empty line between exchanges",
-                )
-            elif kind:
-                fields[kind], current = rest.strip(), kind
-            elif current:
-                fields[current] = f"{fields[current]}\n{line.strip()}"
-            else:
-                found.error(
-                    file,
-                    f"exchange {number + 1}",
-                    "",
-                    f"a line 'User: ...' or '{name}: ...'",
-                    shown(line),
-                    "add the speaker",
-                )
-        opening = fields.pop("opening", opening)
-        if not fields:
-            continue
-        for kind, label in (("user", "User"), ("reply", name)):
-            if not fields.get(kind) and current:
-                found.error(
-                    file,
-                    f"exchange {number + 1}",
-                    label,
-                    f"a line '{label}: ...'",
-                    "none",
-                    "add it",
-                )
-        exchanges.append(Exchange(fields.get("user", ""), fields.get("reply", ""), fields.get("image", "")))
-    return opening, exchanges
-
-
-def _picture_names(images_dir: Path, exchanges: Iterable[Exchange]) -> list[str]:
-    """The pictures to copy: those of the exchanges first, in order, then the others by name."""
+def _shown(images_dir: Path, exchanges: Iterable[Exchange]) -> tuple[tuple[Exchange, ...], list[str]]:
+    """The exchanges with their pictures as the files are called, and the pictures to copy: theirs first."""
     if not images_dir.is_dir():
         raise UserError(f"{images_dir}: no such folder of pictures; give it with --images DIR.")
     present, unread = _listed(images_dir)
@@ -302,6 +203,8 @@ def _picture_names(images_dir: Path, exchanges: Iterable[Exchange]) -> list[str]
             f"{images_dir}: no picture found; expected about ten files {', '.join(READ_NAMES)}."
             + (f" Not read: {', '.join(unread)}; {remedy('HEIC')}." if unread else "")
         )
+    named = {e.image: find_picture(e.image, present) for e in exchanges if e.image}
+    exchanges = tuple(dataclasses.replace(e, image=named.get(e.image) or e.image) for e in exchanges)
     told = [exchange.image for exchange in exchanges if exchange.image]
     for image in told:
         if image not in present:
@@ -314,7 +217,7 @@ def _picture_names(images_dir: Path, exchanges: Iterable[Exchange]) -> list[str]
                 f"The dialogue shows {shown(image)} in more than one exchange; keep the Image: line "
                 "in one of them."
             )
-    return told + [image for image in present if image not in told]
+    return exchanges, told + [image for image in present if image not in told]
 
 
 def _listed(images_dir: Path) -> tuple[list[str], list[str]]:
@@ -328,16 +231,6 @@ def _listed(images_dir: Path) -> tuple[list[str], list[str]]:
     unread = [name for name in wanted if not readable(kinds[name])]
     unread += [name for name, kind in kinds.items() if kind in OTHER_NAMES]
     return [name for name in wanted if name not in unread], sorted(unread)
-
-
-def _captions(images_dir: Path, names: list[str], name: str) -> dict[str, str]:
-    """Captions from the text files beside the pictures."""
-    captions = {}
-    for image in names:
-        path = images_dir / f"{Path(image).stem}.txt"
-        caption = _read_user_text(path).strip() if path.is_file() else ""
-        captions[image] = caption or f"A picture of {name}"
-    return captions
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -423,8 +316,9 @@ def _facts(profile: str, name: str) -> list[dict[str, Any]]:
     facts: list[dict[str, Any]] = []
     for line in profile.splitlines():
         plain = re.sub(r"[*_`]+", "", line).strip().lstrip("-+ ")
-        key, colon, value = plain.partition(":")
-        if not colon or not re.fullmatch(r"[^\W\d][\w '-]{1,40}", key) or not value.strip():
+        key, colon, value = re.match(r"([^:：]*)([:：]?)(.*)", plain).groups()  # type: ignore[union-attr]
+        named = 1 < len(key) <= 41 and not key[0].isdecimal() and words.is_word(key[0])
+        if not (colon and value.strip() and named and all(words.is_word(c) or c in " '-" for c in key)):
             continue
         facts.append(
             {

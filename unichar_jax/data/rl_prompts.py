@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path, PurePosixPath
 
+from unichar_jax.data import words
 from unichar_jax.data.files import read_jsonl
 from unichar_jax.records import DataError, Finding, Findings, Record, shown
 
@@ -66,7 +67,7 @@ def read_rl_prompts(path: Path) -> tuple[RLPrompt, ...]:
 
 def scan_rl_prompts(path: Path) -> tuple[tuple[RLPrompt, ...], tuple[Finding, ...]]:
     """As :func:`read_rl_prompts`, but returns the findings instead of raising."""
-    found = Findings()
+    found = Findings(words.gate)
     name = _prompt_file(path)
     if name is None:
         found.error(

@@ -15,12 +15,13 @@ Source: UniCharacter (arXiv 2605.08129), dataset RoleScape-20.
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from unichar_jax.data import files
+from unichar_jax.data import files, words
 from unichar_jax.data.character import (
     Caption,
     Character,
@@ -39,7 +40,6 @@ from unichar_jax.records import DataError, Finding, Findings, Record, shown
 SERIES = ("Friends-", "Genshin-", "Harry Potter-", "Mahjong Soul-", "Pokemon-")
 """Prefixes of folder names that are not part of a character's name."""
 
-_IMAGE_ID = re.compile(r"[\w][\w .-]*", re.UNICODE)
 _CHECK = "Run `unichar data check` on the folder for the full list."
 
 
@@ -115,7 +115,9 @@ class _Folder:
 
     def __init__(self, folder: Path, found: Findings) -> None:
         self.folder, self.found = folder, found
-        self.name = short_name(folder)
+        self.name = unicodedata.normalize("NFC", short_name(folder))
+        self.files = {words.same(p.name): p.name for p in _listing(folder)}
+        found.gate = functools.partial(words.gate, name=self.name)
         self.images: dict[str, ImageFile] = {}
         self.meta: dict[str, tuple[str, str]] = {}  # field -> (value, file that said so first)
         self.known: set[str] = set()
@@ -156,6 +158,7 @@ class _Folder:
 
     def _json(self, name: str, *keys: str) -> Record | None:
         """One of the folder's JSON objects; its description and opening must be everybody's."""
+        name = self._file(name)
         self.known.add(name)
         record = files.read_json(self.found, self.folder, name)
         if record is None:
@@ -171,7 +174,15 @@ class _Folder:
         return record
 
     def _text(self, kind: str) -> str:
-        return files.read_text(self.found, self.folder, f"{self.name}_{kind}.txt") or ""
+        name = self._file(f"{self.name}_{kind}.txt")
+        text, remarks = words.gate(files.read_text(self.found, self.folder, name) or "", self.name)
+        for severity, *told in remarks:
+            (self.found.error if severity == "error" else self.found.note)(name, "", "", *told)
+        return text
+
+    def _file(self, name: str) -> str:
+        """The name that a file has here: names are one in any form of their letters."""
+        return self.files.get(words.same(name), name) if not (self.folder / name).exists() else name
 
     def _read_images(self) -> None:
         for path in _listing(self.folder):
@@ -218,7 +229,8 @@ class _Folder:
         image_id = record.text(field)
         if not image_id.strip():
             return None
-        if not _IMAGE_ID.fullmatch(image_id):
+        image_id = self._known_image(image_id)
+        if not (words.is_word(image_id[0]) and all(words.is_word(c) or c in " .-" for c in image_id)):
             record.error(
                 field,
                 "a picture's id such as '0'",
@@ -238,6 +250,11 @@ class _Folder:
             seen.add(image_id)
             return self.images[image_id]
         return None
+
+    def _known_image(self, image_id: str) -> str:
+        """The id as the file spells it: in any case, and any form of its letters, if that is one picture's."""
+        alike = [known for known in self.images if words.same(known) == words.same(image_id)]
+        return alike[0] if image_id not in self.images and len(alike) == 1 else image_id
 
     def _scenes(self, record: Record | None) -> tuple[Scene, ...]:
         scenes: list[Scene] = []
@@ -383,7 +400,7 @@ class _Folder:
         return bare
 
     def _attributes(self) -> dict[str, Any]:
-        name = f"{self.name}_attributes.json"
+        name = self._file(f"{self.name}_attributes.json")
         self.known.add(name)
         record = files.read_json(self.found, self.folder, name)
         return record.data if record else {}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.data import images as image_io
+from unichar_jax.data import words
 from unichar_jax.data.images import ImageTransform, patchify, position_ids
 from unichar_jax.errors import UserError
 from unichar_jax.models.autoencoder import Autoencoder
@@ -73,12 +74,7 @@ class PartMaker:
 
     def text(self, prompt: str) -> Text:
         """A text framed as a turn: BOS, its tokens, EOS."""
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text is not valid Unicode at character {error.start} ({error.reason}); remove it."
-            ) from None
+        prompt = words.clean(prompt)
         special = self.cfg.special_tokens
         return Text((special.bos, *self.tokenizer.encode(prompt), special.eos))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from unichar_jax.data import rolescape, templates
+from unichar_jax.data import rolescape, templates, words
 from unichar_jax.data.templates import Thinking
 from unichar_jax.errors import UserError
 from unichar_jax.sampling.batching import Job
@@ -129,6 +129,7 @@ class RolePlay:
           on_text: called with pieces of the answer as they come.
           on_job: called with the job that is waited for: another thread may cancel it.
         """
+        user = words.clean(user, self.persona.name)
         seed = settings.seed + len(self.turns) if seed is None else seed
         job = self.engine.submit_text(
             self.prompt(user),
@@ -137,7 +138,7 @@ class RolePlay:
             model=self.model,
             wait=True,
         )
-        turn = Turn(user, _wait(job, on_text, on_job), seed)
+        turn = Turn(user, _said(_wait(job, on_text, on_job)), seed)
         self.turns.append(turn)
         return turn
 
@@ -186,7 +187,7 @@ class RolePlay:
             job = self.engine.submit_text(
                 ask(*told), None, replace(planning, seed=seed), model=self.model, wait=True
             )
-            plan = templates.parse_thinking(_wait(job, on_text, on_job))
+            plan = templates.parse_thinking(_said(_wait(job, on_text, on_job)))
             prompt = templates.t2i_with_thinking(*told, *plan)
         job = self.engine.submit_images(
             prompt, 1, settings, size=size, seed=seed, model=self.model, wait=True
@@ -281,6 +282,11 @@ class RolePlay:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a transcript ({type(error).__name__}: {error}).") from None
         return session
+
+
+def _said(text: str) -> str:
+    """What a model wrote, as it can be told it again: it marks no picture's place."""
+    return text.replace(templates.IMAGE_PLACEHOLDER, "")
 
 
 def _wait(

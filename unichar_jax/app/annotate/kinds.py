@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from unichar_jax.data import words
 from unichar_jax.data.new_character import DESCRIPTION_CHARS
 from unichar_jax.data.rl_prompts import QUESTION_TYPES
 
 Value = dict[str, Any]
 DIFFICULTIES = ("easy", "medium", "hard")
 
-_TAGS = re.compile(r"</?(?:think|gen|image)>|<\|\w+\|>", re.IGNORECASE)
+_TAGS = re.compile(r"</?(?:think|gen|image)>", re.IGNORECASE)
 _EMPTY = re.compile(r"[\W_]+|\W*(?:n/?a|none|null|string|text|todo|answer|question)\W*", re.IGNORECASE)
 _MACHINE = re.compile(
     r"\bas an? (?:ai|artificial|(?:large )?language model)\b|\bI(?:'m| am) an? AI\b", re.IGNORECASE
@@ -57,7 +58,7 @@ class Kind:
 
 def plain(text: str) -> str:
     """A text's words, for comparisons."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    return " ".join("".join(c if words.is_word(c) else " " for c in text.lower()).split())
 
 
 def _text(value: Value, key: str, least: int, most: int) -> str:
@@ -65,12 +66,14 @@ def _text(value: Value, key: str, least: int, most: int) -> str:
     if not isinstance(text, str):
         raise Reject(f"{key}: expected text, got {type(text).__name__}")
     text = text.replace("\r\n", "\n").strip()
-    if any("\ud800" <= c <= "\udfff" or (ord(c) < 32 and c not in "\n\t") for c in text):
+    if any("\ud800" <= c <= "\udfff" for c in text):
         raise Reject(f"{key}: it holds control characters")
     if not least <= len(text) <= most:
         raise Reject(f"{key}: expected {least} to {most} characters, got {len(text)}")
     if _TAGS.search(text):
         raise Reject(f"{key}: it holds the tag {_TAGS.search(text).group()}")  # type: ignore[union-attr]
+    if remarks := words.gate(text, "NAME")[1]:
+        raise Reject(f"{key}: it holds {remarks[0].got}")
     if len(text) > 2 and _EMPTY.fullmatch(text):
         raise Reject(f"{key}: it is a placeholder")
     if _MACHINE.search(text):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hmac
-import re
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unichar_jax.data import words
 from unichar_jax.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-_SPECIAL = re.compile(r"<\|(\w{1,40})\|>")
 
 
 class Refused(Exception):
@@ -116,16 +113,17 @@ def read_users(path: Path) -> tuple[tuple[str, str], ...]:
 
 
 def clean(text: str) -> str:
-    """A person's text as a model may read it: no control characters, no delimiters of turns, one kind of line end.
+    """A person's text as a model may read it, by the rules of ``data.words``.
 
     Raises:
-      Refused: half a character (a lone surrogate), which no UTF-8 can say.
+      Refused: half a character (a lone surrogate), which no UTF-8 can say, or a picture's place.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise Refused(400, "The text holds half a character; please type it again.")
-    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-    return _SPECIAL.sub(r"<\1>", text).strip()  # the tokenizer would take <|im_end|> for the end of the turn
+    text, remarks = words.gate(text)
+    if any(remark.severity == "error" for remark in remarks):
+        raise Refused(400, "<image> stands for a picture; please take it out, or send the picture.")
+    return text.strip()
 
 
 class Fields:
