@@ -105,7 +105,8 @@ class RolePlay:
         if remember < 2:
             raise UserError(f"remember: expected at least 2 turns, got {remember}.")
         self.engine, self.persona, self.model, self.remember = engine, persona, model, remember
-        self.reference_image = None if reference_image is None else open_picture(reference_image)
+        opened = None if reference_image is None else open_picture(reference_image)
+        self.reference_image = reference_image if isinstance(reference_image, Image.Image) else opened
         self.turns: list[Turn] = []
         self._first_told = 0
 
@@ -234,7 +235,7 @@ class RolePlay:
             "opening": who.opening,
         }
         if self.reference_image is not None:
-            self.reference_image.save(folder / "reference.png")
+            open_picture(self.reference_image).save(folder / "reference.png")
             record["reference_image"] = "reference.png"
         turns: list[dict[str, object]] = []
         for number, turn in enumerate(self.turns, 1):
