@@ -60,16 +60,16 @@ STAGES = (
     Stage(
         "attention",
         "device_stages.kernels:attention",
-        90,
+        85,
         "a packed row of 12,288 tokens, one of many documents, the tower's: every kernel, and cuDNN with and"
         " without the mask; forward and backward, checked before they are timed",
     ),
-    Stage("lora", "device_stages.programs:lora", 95, "the training step with adapters, all layers"),
-    Stage("decode", "device_stages.programs:decode", 100, "text, one and eight at a time", "weights"),
+    Stage("lora", "device_stages.programs:lora", 120, "the training step with adapters, all layers"),
+    Stage("decode", "device_stages.programs:decode", 90, "text, one and eight at a time", "weights"),
     Stage(
         "draw",
         "device_stages.programs:draw",
-        170,
+        160,
         "pictures of 1,024 and 512 pixels, one and eight",
         "weights",
     ),

@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from device_stages.measure import part, peak_gib, say, say_device, seconds
+from device_stages.measure import part, say, say_device, seconds
 
 from unichar_jax.models import kernels
 from unichar_jax.models.kernels.reference import dense_attention
@@ -225,7 +225,9 @@ def time_one(candidate: Candidate, case: Case, seed: int) -> None:
         prepare = jax.jit(candidate.prepare)
         data, (*x, g) = prepare(case.row), arrays(case.row, case.heads, seed)
         forward = seconds(jax.jit(candidate.run), data, *x)
-        total = seconds(jax.jit(both(candidate.run)), data, *x, g)
+        training = jax.jit(both(candidate.run)).lower(data, *x, g).compile()
+        total, memory = seconds(training, data, *x, g), training.memory_analysis()
+        temporaries = None if memory is None else memory.temp_size_in_bytes / 2**30
         pairs = int(jax.jit(lambda m: candidate.mask(m).sum())(case.row))
         work = case.heads[0] * case.heads[2] * pairs / 1e12
         preparing = None if data is None else seconds(prepare, case.row) * 1e3
@@ -237,7 +239,13 @@ def time_one(candidate: Candidate, case: Case, seed: int) -> None:
             errors=found,
             prepare_ms=preparing,
         )
-        say(f"{what}, forward and backward", total * 1e3, "ms", tflops=14 * work / total, peak_gib=peak_gib())
+        say(
+            f"{what}, forward and backward",
+            total * 1e3,
+            "ms",
+            tflops=14 * work / total,
+            temporaries_gib=temporaries,
+        )
     return None
 
 

@@ -81,15 +81,25 @@ def step(what: str, preset: str, small: bool, layers: int | None = None, **compu
         )
 
 
+def kernels_to_try() -> list[str]:
+    """``flash`` where it runs, then what ``auto`` takes, unless that is the same."""
+    auto = kernels.resolve("auto")
+    flash = kernels.KERNELS["flash"].why_not(jax.default_backend()) is None
+    return ["flash", "auto"] if flash and auto != "flash" else ["auto"]
+
+
 def lora(small: bool) -> None:
     name_device()
-    step("sft step, adapters, all layers", "sft-lora-bagel-7b", small)
+    for kernel in kernels_to_try():
+        step(f"sft step, adapters, all layers, {kernel}", "sft-lora-bagel-7b", small, attention=kernel)
 
 
 def full(small: bool) -> None:
     name_device()
-    for layers in (1, 2) if small else (2, 4):
-        step(f"sft step, all weights, {layers} layers", "sft-bagel-7b", small, layers, remat="most")
+    for kernel in kernels_to_try():
+        for layers in (1, 2) if small else (2, 4):
+            what = f"sft step, all weights, {layers} layers, {kernel}"
+            step(what, "sft-bagel-7b", small, layers, attention=kernel, remat="most")
 
 
 # -- sampling -----------------------------------------------------------------------------------------------------
@@ -169,7 +179,8 @@ def decode(small: bool) -> None:
 def draw(small: bool) -> None:
     """Whole pictures, the autoencoder included; work by formula, in one evaluation and guided branch after another.
 
-    Eight at a time with fewer points, so that they fit the time: seconds of an evaluation are what compares.
+    Eight at a time with few points, all guided, so that they fit the time: seconds of an evaluation are what
+    compares.
     """
     prompt = "a lamp on a hill in the rain, drawn with great care " * 2
     wide, narrow = (64, 32) if small else (1024, 512)
@@ -178,8 +189,8 @@ def draw(small: bool) -> None:
         return FlowSettings(points, 3.0, Guidance(4.0, interval=(0.4, 1.0)))
 
     with engine(small) as one:
-        for side, count, points in ((wide, 1, 50), (narrow, 1, 50), (narrow, 8, FEW), (wide, 8, FEW)):
-            points = FEW if small else points
+        for side, count, points in ((wide, 1, 50), (narrow, 1, 50), (narrow, 8, 4), (wide, 8, 4)):
+            points = min(points, FEW) if small else points
             what = f"draw {side} px, {points} points, {count} at a time"
 
             def picture(seed: int, points: int, side: int = side, count: int = count) -> float:
@@ -188,7 +199,7 @@ def draw(small: bool) -> None:
                 return clock(lambda: one.generate_images([prompt], count, drawing, size=size, seed=seed))
 
             with part(what):
-                first, took = picture(0, FEW), picture(1, points)
+                first, took = picture(0, min(points, FEW)), picture(1, points)
                 if took < 6:
                     took = min(took, picture(2, points))
                 evaluations = sum((b - a) * (2 if guided else 1) for a, b, guided in settings(points).runs())
