@@ -10,6 +10,7 @@ one JSON file for each kind of device; the tables in the documents are made from
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -78,17 +79,20 @@ def full_batch(cfg: ModelConfig, capacities: tuple[int, int, int], rows: int) ->
 def random_weights(declared: Any, mesh: Mesh) -> Any:
     """Weights of about the usual size, drawn where they are needed: the host never holds them."""
     names = {name: i for i, (name, _) in enumerate(params.named_leaves(declared))}
+    key = jax.random.key(
+        0, impl="rbg"
+    )  # one instruction; the default's rounds take long to compile and to run
 
-    def build() -> Any:
-        key = jax.random.key(0)
+    @functools.cache  # a program for each kind of array: one for all of them takes minutes to compile
+    def drawer(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Callable[..., jax.Array]:
+        draw = lambda key, mean: (mean + 0.02 * jax.random.normal(key, shape, dtype)).astype(dtype)  # noqa: E731
+        return jax.jit(draw, out_shardings=sharding)
 
-        def draw(name: str, spec: params.ArraySpec) -> jax.Array:
-            noise = 0.02 * jax.random.normal(jax.random.fold_in(key, names[name]), spec.shape, spec.dtype)
-            return noise + (1 if name.endswith("norm.scale") else 0)
+    def draw(name: str, spec: params.ArraySpec, sharding: Any) -> jax.Array:
+        mean = np.asarray(1 if name.endswith("norm.scale") else 0, spec.dtype)
+        return drawer(spec.shape, spec.dtype, sharding)(jax.random.fold_in(key, names[name]), mean)
 
-        return params.map_named(draw, declared)
-
-    return jax.jit(build, out_shardings=params.shardings(declared, mesh))()
+    return params.map_named(draw, declared, params.shardings(declared, mesh))
 
 
 def measure(
