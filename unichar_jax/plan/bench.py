@@ -79,9 +79,7 @@ def full_batch(cfg: ModelConfig, capacities: tuple[int, int, int], rows: int) ->
 def random_weights(declared: Any, mesh: Mesh) -> Any:
     """Weights of about the usual size, drawn where they are needed: the host never holds them."""
     names = {name: i for i, (name, _) in enumerate(params.named_leaves(declared))}
-    key = jax.random.key(
-        0, impl="rbg"
-    )  # one instruction; the default's rounds take long to compile and to run
+    key = jax.random.key(0, impl="rbg")  # one instruction of the device for a whole array
 
     @functools.cache  # a program for each kind of array: one for all of them takes minutes to compile
     def drawer(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Callable[..., jax.Array]:
