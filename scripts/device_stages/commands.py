@@ -203,7 +203,7 @@ def walk(small: bool) -> None:
             ]
             unichar("grpo, one round", *words)
         with part("draw"):
-            drawn(second if (second / "config.json").is_file() else run, folder / "sheet.png")
+            drawn(second if (second / "checkpoints").is_dir() else run, folder / "sheet.png")
         with part("convert"):
             unichar("convert --verify", "convert", run, folder / "export", "--verify")
     return None

@@ -19,11 +19,12 @@ from unichar_jax.config.model import SpecialTokens, model_preset
 from unichar_jax.data.cache import GeneratedImage
 from unichar_jax.data.images import open_image, patchify
 from unichar_jax.data.layout import Sizes, unpack
-from unichar_jax.data.loader import Loader, Transforms, make_loader, read_samples
+from unichar_jax.data.loader import Loader, make_loader, read_samples
 from unichar_jax.data.prefetch import Prefetch
 from unichar_jax.data.rolescape import find_characters, read_character
 from unichar_jax.data.tasks import TASKS, Part, Sample, samples
 from unichar_jax.data.tokenizer import Tokenizer, train_tokenizer, write_debug_tokenizer
+from unichar_jax.data.transforms import Transforms
 from unichar_jax.errors import UserError
 from unichar_jax.models.streams import Batch
 
@@ -73,7 +74,7 @@ def take(source: Loader, count: int) -> list[str]:
 def test_a_batch_holds_what_the_samples_say(tiny_root, tokenizer):
     """Each laid-out sample is one of the characters', to the last token and pixel; each one comes."""
     cfg = config(tiny_root, text_dropout=0.0)
-    transforms = Transforms.of(cfg, DEBUG)
+    transforms = Transforms.configured(cfg, DEBUG)
 
     def content(task: str, text: str, learned: str, vit: np.ndarray, latent: np.ndarray):
         return task, text, learned, vit.tobytes(), latent.tobytes()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY
 from unichar_jax.config.model import model_preset
+from unichar_jax.data.transforms import Transforms
 from unichar_jax.evaluation import pictures
 from unichar_jax.evaluation.attributes import stated, voice_of
 from unichar_jax.evaluation.instruments import find_instruments
@@ -85,7 +86,7 @@ def test_readings_of_the_judge(instruments):
 @pytest.mark.parametrize("term", GOLDEN["rewards"])
 def test_rewards(term):
     name, brace, options = term.partition("{")
-    sources = Sources(MINI, lambda: None, model_preset("mini"), None)
+    sources = Sources(MINI, lambda: None, None, Transforms.usual(model_preset("mini")).look)
     references = References.of(photo("Pip", "train", i) for i in range(4))
     texts = [
         "Pip is waving on the beach at night, happy.",

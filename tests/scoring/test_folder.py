@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from unichar_jax.checkpoint.encoders import read_config
 from unichar_jax.config.model import model_preset
+from unichar_jax.data.transforms import Transforms
 from unichar_jax.errors import UserError
 from unichar_jax.evaluation.judge import load_judge
 from unichar_jax.models.encoders.clip import ClipConfig
@@ -27,7 +28,7 @@ MINI = REPOSITORY / "checkpoints" / "mini"
 
 
 def sources(folder: Path) -> Sources:
-    return Sources(folder, lambda: None, model_preset("debug"), None)
+    return Sources(folder, lambda: None, None, Transforms.usual(model_preset("debug")).look)
 
 
 def kind(folder: Path, model_type: object, **more: object) -> Path:

@@ -11,16 +11,16 @@ from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import model_preset
 from unichar_jax.data.images import patchify, position_ids
 from unichar_jax.data.rl_prompts import RLQuestion
+from unichar_jax.data.transforms import Transforms
 from unichar_jax.models import params
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import text
-from unichar_jax.sampling.parts import Transforms
 from unichar_jax.scoring.base import ScoreContext
 from unichar_jax.scoring.visual_questions import VisualQuestions
 
 CFG = model_preset("debug")
-LOOK = Transforms.of(CFG).look
+LOOK = Transforms.usual(CFG).look
 
 
 class _Letters:

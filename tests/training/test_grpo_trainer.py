@@ -36,7 +36,7 @@ from unichar_jax.sampling import flow
 from unichar_jax.training import metrics as metrics_lib
 from unichar_jax.training.grpo import run
 from unichar_jax.training.grpo.rollouts import Rounds, read_prompts
-from unichar_jax.training.start import Base
+from unichar_jax.training.start import Base, find_base
 
 CFG = model_preset("debug")
 # A reward that can be told when to fail.
@@ -76,7 +76,9 @@ def _base(cfg: GRPOConfig, mesh: Any = None) -> Base:
     model = _noisy(declared, 0)
     if mesh is not None:
         model = jax.device_put(model, params.shardings(declared, mesh))
-    return Base(CFG, model, _noisy(Autoencoder(CFG.autoencoder), 1), _Letters(), "the test")
+    return Base(
+        CFG, model, _noisy(Autoencoder(CFG.autoencoder), 1), _Letters(), "the test", find_base("debug")
+    )
 
 
 @pytest.fixture
@@ -181,7 +183,7 @@ def test_a_run_whose_reward_failed_goes_on_as_if_nothing_had_happened(
     experiment: GRPOConfig, tmp_path: Path, monkeypatch
 ):
     """The reward fails in the second round, in the middle of an epoch; mended, the run ends bit for bit the same."""
-    monkeypatch.setattr(run, "load_base", lambda cfg, run_dir, mesh: _base(cfg, mesh))
+    monkeypatch.setattr(run, "load_base", _base)
     switch = tmp_path / "fail-at"
 
     one_device = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])

@@ -1,19 +1,19 @@
 """From a run's folder to what works with it: an engine, drawing settings, the character it was trained on.
 
-A run says everything in its ``config.json``; a stage that starts from another run points there with ``base``.
+A run says everything in its ``run.json`` (``checkpoint.runs``), what it started from too.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from unichar_jax.checkpoint import runs
 from unichar_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from unichar_jax.data.portraits import Portrait
     from unichar_jax.sampling.engine import Engine
     from unichar_jax.sampling.flow import FlowSettings
     from unichar_jax.sampling.session import Persona
@@ -73,28 +73,23 @@ def lora_names(folders: Sequence[Path]) -> dict[str, Path]:
     return named
 
 
-def character_folder(run: Path, character: Path | None = None) -> Path | None:
-    """The character a run was trained on, unless the caller names a folder; None if neither is known."""
-    if character is not None:
-        return character
-    root, names = training_data(run)
-    if root is None or not root.is_dir():
-        return None
-    from unichar_jax.data.rolescape import find_characters
+def portraits(run: Path, character: Path | None = None) -> list[Portrait]:
+    """Who a run plays: the character whose folder the caller names, or those it was trained on."""
+    from unichar_jax.data import portraits
+    from unichar_jax.data.rolescape import read_character
 
-    wanted = [f for f in find_characters(root, "train") if not names or f.name in names]
-    return wanted[0] if wanted else None
+    return portraits.kept(run) if character is None else [portraits.Portrait.of(read_character(character))]
 
 
 def run_persona(
     run: Path, character: Path | None = None, description: str | None = None, opening: str | None = None
 ) -> Persona | None:
-    """Who a run plays: the caller's word first, then the character it was trained on."""
+    """The same as a persona (of several characters the first); ``description`` and ``opening`` replace what is
+    there, and alone make one."""
     from unichar_jax.sampling.session import Persona
 
-    folder = character_folder(run, character)
-    if folder is not None:
-        return Persona.from_folder(folder, description=description, opening=opening)
+    for who in portraits(run, character):
+        return Persona(who.name, description or who.description, who.opening if opening is None else opening)
     return None if description is None else Persona("the character", description, opening or "")
 
 
@@ -130,28 +125,8 @@ def flow_settings(steps: int, guidance: float, run: Path) -> FlowSettings:
     )
 
 
-def run_config(run: Path) -> dict[str, Any]:
-    """The resolved configuration of a run; empty for a model directory."""
-    path = run / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if runs.is_run(run) else {}
-
-
-def lineage(run: Path) -> list[dict[str, Any]]:
-    """Configurations of a run and of the runs it started from, the latest first."""
-    found: list[dict[str, Any]] = []
-    seen: set[Path] = set()
-    while (config := run_config(run)) and run.resolve() not in seen:
-        found.append(config)
-        seen.add(run.resolve())
-        run = Path(str(config.get("base", "")))
-        run = run.parent.parent if run.parent.name == "checkpoints" else run  # a step of a run
-    return found
-
-
 def training_data(run: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The data folder that a run was trained on, and its characters; (None, ()) if that is not known."""
-    for config in lineage(run):
-        data = config.get("data") or {}
-        if data.get("path"):
-            return Path(data["path"]).expanduser(), tuple(data.get("characters") or ())
-    return None, ()
+    from unichar_jax.data.portraits import trained_on
+
+    return trained_on(runs.read_info(run))

@@ -170,10 +170,9 @@ def _models(specs: tuple[str, ...]) -> list[_Model]:
 
 def _cases(cfg: Evaluation, run: Path) -> list[Case]:
     root, names = (cfg.data, ()) if cfg.data else engines.training_data(run)
-    if root is None:
-        raise UserError(
-            f"{run}: it does not say which characters it is for; name their folder with --data FOLDER."
-        )
+    if root is None or not (cfg.data or root.is_dir()):
+        gone = "it does not say which characters it is for" if root is None else f"{root} is not here"
+        raise UserError(f"{run}: {gone}; name the characters' folder with --data FOLDER.")
     return read_cases(root, cfg.characters or names)
 
 
@@ -189,7 +188,9 @@ def _instruments(cfg: Evaluation, run: Path, folder: Path) -> Instruments:
     if cfg.judge_url:
         endpoint = Endpoint(cfg.judge_url, cfg.judge_model, cfg.judge_key)
         rater = Rater(endpoint, folder / "marks.jsonl")
-    named = cfg.encoders or next((c["encoders"] for c in engines.lineage(run) if c.get("encoders")), "")
+    named = cfg.encoders or next(
+        (c["encoders"] for c in runs.read_info(run).lineage if c.get("encoders")), ""
+    )
     if not named:
         named = "mini" if engines.is_small(run) else ""
     place = presets.folder_or_shipped(named)
@@ -216,7 +217,7 @@ def _max_tokens(cfg: Evaluation, path: Path) -> int:
 
 def _rewarded(path: Path) -> tuple[str, ...]:
     """By any stage that led to the model."""
-    return tuple(sorted({m for config in engines.lineage(path) for m in rewarded_metrics(config)}))
+    return tuple(sorted({m for c in runs.read_info(path).lineage for m in rewarded_metrics(c)}))
 
 
 def _settings(cfg: Evaluation, model: _Model) -> dict[str, Any]:

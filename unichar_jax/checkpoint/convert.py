@@ -106,6 +106,7 @@ class Plan:
     parts: tuple[Part, ...]
     config_from: Path
     tokenizer_from: Path | None
+    base: Path | None = None
     frozen: Mapping[str, np.dtype] = field(default_factory=dict)
     shard_bytes: int | None = None
     notes: tuple[str, ...] = ()
@@ -222,6 +223,7 @@ def _plan_import(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
         ),
         config_from=config_home,
         tokenizer_from=_tokenizer_home(homes),
+        base=base,
         frozen={n: stored[n].dtype for n in table.frozen_tables(cfg) if n in stored},
         shard_bytes=max(_tensor_bytes(f) for f in tensors.files) if len(files) > 1 else None,
         notes=tuple(notes),
@@ -254,6 +256,7 @@ def _plan_export(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
         ),
         config_from=config_home,
         tokenizer_from=_tokenizer_home(homes),
+        base=base,
         frozen={n: DTYPES[kept[n]] if n in kept else default for n in table.frozen_tables(cfg)},
         shard_bytes=written.get("shard_bytes"),
     )
@@ -344,7 +347,7 @@ def execute(
             _write_orbax(made, folder, on_bytes)
         else:
             _write_torch(made, folder, max_shard_bytes or made.shard_bytes, on_bytes)
-        writing.write_companions(folder, made.cfg, made.config_from, made.tokenizer_from)
+        writing.write_companions(folder, made.cfg, made.config_from, made.tokenizer_from, made.base)
         _untie(folder)
         if verify:
             _verify(made, folder, on_bytes)

@@ -14,7 +14,6 @@ Source: LoRA (arXiv 2106.09685); the file layout of the ``peft`` package.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +103,7 @@ def save(
     size = sum(math.prod(s) * d.itemsize for s, d in specs.values())
     with writing.staging(dst, size) as folder:
         write_file(folder / WEIGHTS_FILE, specs, tensors())
-        writing.write_json(folder / CONFIG_FILE, peft_names.config_of(rank, used, base))
+        writing.write_json(folder / CONFIG_FILE, peft_names.config_of(rank, used, base_name(base)))
         if whole is not None and whole[0]:
             _write_whole(folder / WHOLE_FILE, cfg, *whole)
         if character is not None:
@@ -193,9 +192,17 @@ def _gathered(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def base_name(base: str) -> str:
+    """What a folder that may be published says of its base: a Hub's name as it is, of a local path its end."""
+    given = Path(base)
+    local = given.is_absolute() or given.exists() or base.startswith((".", "~")) or len(given.parts) > 2
+    if not local:
+        return base
+    return given.parent.parent.name if given.parent.name == "checkpoints" else given.name
+
+
 def _base_of(run: Path) -> str:
-    config = run / "config.json"
-    return str(json.loads(config.read_text("utf-8")).get("base", "")) if config.is_file() else ""
+    return str(runs.read_info(run).settings.get("base", ""))
 
 
 # -- reading ------------------------------------------------------------------------------------------------

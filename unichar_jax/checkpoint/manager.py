@@ -106,7 +106,7 @@ class CheckpointManager:
             more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
             raise UserError(
                 f"checkpoint {self.directory / str(step)} does not fit this run:\n  {shown}{more}\n"
-                "Use the configuration the run was started with (config.json in the run), or a new run_dir."
+                "Use the configuration the run was started with (run.json in the run), or a new run_dir."
             )
 
     def wait(self) -> None:

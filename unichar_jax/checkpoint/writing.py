@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from unichar_jax import __version__
-from unichar_jax.checkpoint import weights
+from unichar_jax.checkpoint import runs, weights
 from unichar_jax.checkpoint.arrays import materialize
 from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.checkpoint.torch_files import INDEX_FILE, SINGLE_FILES
@@ -197,12 +197,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_companions(
-    folder: Path, cfg: ModelConfig, config_from: Path | None, tokenizer_from: Path | None
+    folder: Path,
+    cfg: ModelConfig,
+    config_from: Path | None,
+    tokenizer_from: Path | None,
+    base: Path | None = None,
 ) -> None:
-    """Configs, copied from one folder or written from ``cfg``, and tokenizer files, copied from another."""
-    for name in (*CONFIG_FILES, *OTHER_CONFIG_FILES):
+    """Configs, copied from one folder or written from ``cfg``, and tokenizer files, copied from another.
+
+    What is BAGEL's own beside them comes from the first of ``config_from`` and ``base`` that has it; a run of
+    version 0.1.0 has its settings under one of these names, and they are not BAGEL's.
+    """
+    for name in CONFIG_FILES:
         if config_from is not None and (config_from / name).is_file():
             shutil.copyfile(config_from / name, folder / name)
+    for name in OTHER_CONFIG_FILES:
+        given = (home / name for home in (config_from, base) if home is not None)
+        found = next((p for p in given if p.is_file() and not runs.is_settings(p)), None)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
     for name, content in cfg.to_bagel().items():
         if not (folder / name).exists():
             write_json(folder / name, content)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from unichar_jax.app.engines import character_folder
+from unichar_jax.app.engines import portraits
 from unichar_jax.checkpoint import convert as convert_lib
 from unichar_jax.checkpoint import inspect as inspect_lib
 from unichar_jax.checkpoint import lora as lora_lib
@@ -70,11 +70,13 @@ def convert(
     console = Console()
     if lora is not None:
         finetune, old, dst = _exactly(paths, "--lora RANK FINETUNE BASE DST")
-        return _difference(console, finetune, old, dst, lora, keep, dtype, item, _persona(character))
+        who = None if character is None else portraits(old, character)[0].persona
+        return _difference(console, finetune, old, dst, lora, keep, dtype, item, who)
     src, dst = _exactly(paths, "--lora-export RUN DST" if lora_export else "SRC DST")
     if lora_export:
-        folder = character_folder(src, character)
-        lora_lib.export(src, dst, item=item, dtype=_dtype(dtype), character=_persona(folder))
+        played = portraits(src, character)
+        who = played[0].persona if played else None
+        lora_lib.export(src, dst, item=item, dtype=_dtype(dtype), character=who)
         console.print(f"wrote {dst}: the adapters of {src}, as PEFT reads them")
         return None
     if runs.is_run(src):
@@ -122,16 +124,6 @@ def _exactly(paths: tuple[Path, ...], usage: str) -> tuple[Path, ...]:
 
 def _dtype(name: str | None) -> np.dtype | None:
     return None if name is None else convert_lib.DTYPES[name]
-
-
-def _persona(folder: Path | None) -> dict[str, str] | None:
-    """What ``character.json`` says of a character folder."""
-    if folder is None:
-        return None
-    from unichar_jax.data.rolescape import read_character
-
-    who = read_character(folder)
-    return {"name": who.name, "description": who.description, "opening": who.opening}
 
 
 def _difference(

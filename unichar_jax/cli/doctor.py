@@ -185,26 +185,17 @@ def experiment(config: str) -> Iterator[Finding]:
 def first_batch(cfg: SFTConfig, folder: Path) -> Finding:
     """Packs one row as training would; pictures that are to be drawn are not encoded."""
     import dataclasses
-    import tempfile
 
     import numpy as np
 
-    from unichar_jax.checkpoint import store
-    from unichar_jax.config import presets
-    from unichar_jax.config.model import MODEL_PRESETS, model_preset
     from unichar_jax.data.loader import make_loader
-    from unichar_jax.data.tokenizer import load_tokenizer, write_debug_tokenizer
+    from unichar_jax.training.start import base_tokenizer, find_base
 
-    base = presets.folder_or_shipped(cfg.base)
-    if (base / store.CONFIG_FILE).is_file():
-        model = store.load_config(base)
-        tokenizer = load_tokenizer(base, model)
-    elif cfg.base in MODEL_PRESETS:
-        model = model_preset(cfg.base)
-        with tempfile.TemporaryDirectory() as made:
-            tokenizer = write_debug_tokenizer(made)
-    else:
-        return Finding("first batch", f"not packed: base {cfg.base} is not here", "put the base there")
+    try:
+        source = find_base(cfg.base)
+        model, tokenizer = source.cfg, base_tokenizer(cfg.base, source)
+    except UserError as error:
+        return Finding("base", str(error), "a start would end here, too")
 
     def blank(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         n, height, width, _ = pictures.shape

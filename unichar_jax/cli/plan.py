@@ -78,18 +78,22 @@ def say(text: str) -> None:
 
 
 def sizes(base: str, say: Callable[[str], None]) -> ModelConfig:
-    """The model's sizes: of the base if it is here, of the base of the preset that makes it, else of BAGEL-7B-MoT, and
-    then it is said."""
+    """The model's sizes: of the base if it is here, of the base of the preset that makes it, else of BAGEL-7B-MoT;
+    what a start would refuse is said."""
     from unichar_jax.checkpoint import store
+    from unichar_jax.checkpoint.remote import is_remote
     from unichar_jax.config import presets
-    from unichar_jax.config.model import MODEL_PRESETS, model_preset
+    from unichar_jax.config.model import model_preset
+    from unichar_jax.training.start import find_base
 
-    for folder in (Path(base), presets.resource_dir("checkpoints") / base):
-        if (folder / store.CONFIG_FILE).is_file():
-            return store.load_config(folder)
-    if base in MODEL_PRESETS:
-        return model_preset(base)
-    if (start := presets.runs().get(base, base)) != base:
-        return sizes(start, say)
+    if not is_remote(base):  # a plan fetches nothing
+        try:
+            return find_base(base).cfg
+        except UserError as error:
+            if (start := presets.runs().get(base, base)) != base:
+                return sizes(start, say)
+            say(f"a start would end here: {error}")
+            if (Path(base) / store.CONFIG_FILE).is_file():
+                return store.load_config(base)
     say(f"base '{base}' is not on this machine: planning with the sizes of bagel-7b")
     return model_preset("bagel-7b")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
+from unichar_jax.app.command import called
 from unichar_jax.checkpoint.remote import RunFolder
 from unichar_jax.cli.main import parses_itself
 from unichar_jax.config import presets
@@ -37,11 +38,14 @@ class Start(Generic[C]):
       experiment: what to run.
       hosts: how to find the other processes.
       smoke: run three steps in a folder of its own, save, read back, compare, and remove it.
+      allow_changes: go on with a run under other settings than it had, beyond those that change nothing (steps,
+        intervals, devices at an equal global batch).
     """
 
     experiment: Annotated[C, tyro.conf.arg(name="")]
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
     smoke: bool = False
+    allow_changes: bool = False
 
 
 def parse(cls: type[C], args: list[str], prog: str, stage: str) -> C:
@@ -113,7 +117,9 @@ def apply(options: RunOptions, run_dir: Path) -> None:
 # -- commands -----------------------------------------------------------------------------------------------
 
 
-def run(start: Start[C], train: Callable[..., Path], short: Callable[[C], C], hints: str) -> int:
+def run(
+    start: Start[C], train: Callable[..., Path], short: Callable[[C], C], then: Sequence[Sequence[str]]
+) -> int:
     """Joins the other hosts and trains; prints what to do next on one of them."""
     experiment: Any = short(start.experiment) if start.smoke else start.experiment
     folder = RunFolder(experiment.run_dir)
@@ -125,7 +131,7 @@ def run(start: Start[C], train: Callable[..., Path], short: Callable[[C], C], hi
             folder.remove()  # of a smoke run that was interrupted
         distributed.barrier("smoke")
     try:
-        train(experiment, verify=start.smoke)
+        train(experiment, verify=start.smoke, allow_changes=start.allow_changes)
     except Preempted as stopped:
         if leader:
             print(f"{stopped}; the same command goes on from there", file=sys.stderr)
@@ -139,7 +145,9 @@ def run(start: Start[C], train: Callable[..., Path], short: Callable[[C], C], hi
             else:
                 folder.remove()
     elif leader:
-        print(f"done: {experiment.run_dir}\n" + hints.format(run=experiment.run_dir))
+        print(f"done: {experiment.run_dir}")
+        for command, *more in then:
+            print(f"  {called(command, experiment.run_dir, *more)}")
     return 0
 
 
@@ -165,12 +173,7 @@ def sft(args: list[str]) -> int:
         return _shortened(cfg, steps=SMOKE_STEPS, optimizer=schedule, **every)
 
     start = parse_start(SFTConfig, args, "sft")
-    return run(
-        start,
-        train,
-        short,
-        '  unichar chat {run}\n  unichar draw {run} "..." -n 8\n  unichar evaluate {run}',
-    )
+    return run(start, train, short, [("chat",), ("draw", "a portrait", "-n", "8"), ("evaluate",)])
 
 
 @parses_itself
@@ -182,4 +185,4 @@ def grpo(args: list[str]) -> int:
         return _shortened(cfg, rounds=SMOKE_STEPS)
 
     start = parse_start(GRPOConfig, args, "grpo")
-    return run(start, train, short, "  unichar chat {run}\n  unichar evaluate {run}")
+    return run(start, train, short, [("chat",), ("evaluate",)])

@@ -28,7 +28,7 @@ from unichar_jax.data import capacities, layout, packing
 from unichar_jax.data import tasks as tasks_lib
 from unichar_jax.data.cache import ImageCache, MomentsFn, Picture, identify
 from unichar_jax.data.character import ImageFile
-from unichar_jax.data.images import T2I_TRANSFORM, VIT_TRANSFORM, ImageTransform, position_ids
+from unichar_jax.data.images import position_ids
 from unichar_jax.data.layout import Sizes
 from unichar_jax.data.mixture import (
     Mixture,
@@ -41,51 +41,9 @@ from unichar_jax.data.mixture import (
 )
 from unichar_jax.data.rolescape import find_characters, read_character, short_name
 from unichar_jax.data.tokenizer import Tokenizer
+from unichar_jax.data.transforms import Transforms
 from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.models.streams import Batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Transforms:
-    """How pictures become tokens of the image streams."""
-
-    look: ImageTransform
-    draw: ImageTransform
-
-    @classmethod
-    def of(cls, cfg: DataConfig, model: ModelConfig) -> Transforms:
-        """Sizes from the data configuration, strides and tables from the model.
-
-        Raises:
-          UserError: the pictures are larger than the model's position tables, or their sides are not
-            multiples of a token's.
-        """
-        patch, cell = model.vision.patch_size, model.pixels_per_latent
-        for what, stride, side in (
-            ("look", patch, model.vision.max_patches_per_side),
-            ("draw", cell, model.max_latent_size),
-        ):
-            for end in ("min", "max"):
-                value = getattr(cfg, f"{what}_{end}")
-                if value % stride:
-                    raise UserError(
-                        f"data.{what}_{end}: expected a multiple of {stride} (pixels of one token), got"
-                        f" {value}; {value // stride * stride or stride} is near."
-                    )
-            if getattr(cfg, f"{what}_max") > side * stride:
-                raise UserError(
-                    f"data.{what}_max: expected at most {side * stride} ({side} tokens of {stride} pixels,"
-                    f" the model's position table), got {getattr(cfg, f'{what}_max')}; lower it."
-                )
-        look, draw = (
-            dataclasses.replace(t, stride=s, min_size=low, max_size=high, square=cfg.square)
-            for t, s, low, high in (
-                (VIT_TRANSFORM, patch, cfg.look_min, cfg.look_max),
-                (T2I_TRANSFORM, cell, cfg.draw_min, cfg.draw_max),
-            )
-        )
-        return cls(look, draw)
-
 
 # -- samples -------------------------------------------------------------------------------------
 
@@ -240,6 +198,7 @@ class Loader:
       mixture: weights of the sources.
       left_out: samples that no row can hold, by key, with the reason.
       planner: which samples a packed sequence holds.
+      transforms: how pictures are prepared.
     """
 
     def __init__(
@@ -263,6 +222,7 @@ class Loader:
         rows.stride = global_batch
         self.tasks, self.mixture, self.left_out = tasks, mixture, left_out
         self.planner, self.capacities = rows.planner, chosen.sizes
+        self.transforms = rows.transforms
         self._rows, self._trial, self._sequence = rows, chosen, 0
         self._fingerprint = _fingerprint(rows, mixture)
         self._iterator: Any = None  # Grain's
@@ -406,7 +366,7 @@ def make_loader(
     Raises:
       UserError: a mistake in the configuration or the data.
     """
-    transforms = Transforms.of(cfg, model)
+    transforms = Transforms.configured(cfg, model)
     found = read_samples(cfg) if samples is None else samples
     fixed = None if cfg.capacities is None else Sizes(*cfg.capacities)
     sources: dict[SourceKey, list[_Ready]] = {}

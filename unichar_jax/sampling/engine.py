@@ -23,6 +23,7 @@ from PIL import Image
 
 from unichar_jax.config.compute import Compute
 from unichar_jax.data import templates
+from unichar_jax.data.transforms import Transforms
 from unichar_jax.errors import UserError
 from unichar_jax.models.autoencoder import Autoencoder, decoding_in
 from unichar_jax.models.unified import UnifiedModel
@@ -32,7 +33,7 @@ from unichar_jax.sampling.batching import Batcher, Job, gather
 from unichar_jax.sampling.cache import bucket
 from unichar_jax.sampling.context import Part
 from unichar_jax.sampling.flow import Contexts, FlowSettings, Guidance
-from unichar_jax.sampling.parts import ImageLike, PartMaker, Size, Transforms, open_picture
+from unichar_jax.sampling.parts import ImageLike, PartMaker, Size, open_picture
 from unichar_jax.sampling.requests import ImageRequest, TextRequest
 from unichar_jax.sampling.roster import BASE, Roster
 from unichar_jax.sampling.text import TextSettings, Tokenizer
@@ -96,7 +97,7 @@ class Engine:
       autoencoder: of the same model; needed for pictures that are drawn or changed.
       tokenizer: of the same model.
       config: bounds and habits.
-      transforms: how pictures are prepared; by default as for the training of models of this size.
+      transforms: how pictures are prepared; by default as is usual for models of this size.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Engine:
             model.cfg,
             tokenizer,
             autoencoder,
-            transforms or Transforms.of(model.cfg),
+            transforms or Transforms.usual(model.cfg),
             self.config.as_shipped,
         )
         self._reader = context.Reader(self.config.remembered)
@@ -131,7 +132,8 @@ class Engine:
         compute: Compute | None = None,
         item: str | None = None,
     ) -> Engine:
-        """Loads a BAGEL directory, a model directory or a training step, with what lies beside it.
+        """Loads a BAGEL directory, a model directory or a training step, with what lies beside it: a run's own
+        sizes of pictures, too.
 
         ``item`` chooses among a training step's weights, as in ``checkpoint.store.load_model``.
         """
@@ -141,7 +143,7 @@ class Engine:
         compute = compute or Compute()
         model = store.load_model(path, compute=compute, dtype=compute.jax_dtype, item=item)
         tokenizer = load_tokenizer(store.config_folder(path), model.cfg)
-        return cls(model, store.load_autoencoder(path), tokenizer, config)
+        return cls(model, store.load_autoencoder(path), tokenizer, config, Transforms.of_folder(path))
 
     def close(self) -> None:
         """Cancels waiting requests and stops; running ones end first."""

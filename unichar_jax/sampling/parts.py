@@ -18,6 +18,7 @@ from unichar_jax.config.model import ModelConfig
 from unichar_jax.data import images as image_io
 from unichar_jax.data import words
 from unichar_jax.data.images import ImageTransform, patchify, position_ids
+from unichar_jax.data.transforms import Transforms
 from unichar_jax.errors import UserError
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.sampling import pixels
@@ -27,27 +28,6 @@ from unichar_jax.sampling.text import Tokenizer
 ImageLike = Image.Image | str | Path
 Size = tuple[int, int]
 """(height, width) in pixels."""
-
-
-@dataclass(frozen=True)
-class Transforms:
-    """How pictures are prepared for drawing and for looking."""
-
-    draw: ImageTransform
-    look: ImageTransform
-
-    @classmethod
-    def of(cls, cfg: ModelConfig) -> Transforms:
-        """Those of a model's training: BAGEL's, or the small models' fixed square sizes."""
-        if cfg.max_latent_size >= 64 and cfg.vision.max_patches_per_side >= 70:
-            return cls(image_io.T2I_TRANSFORM, image_io.VIT_TRANSFORM)
-        cell, patch = cfg.pixels_per_latent, cfg.vision.patch_size
-        draw = cell * min(image_io.MINI_T2I_TRANSFORM.max_size // cell, cfg.max_latent_size)
-        see = patch * min(image_io.MINI_VIT_TRANSFORM.max_size // patch, cfg.vision.max_patches_per_side)
-        return cls(
-            ImageTransform(cell, draw, draw, square=True),
-            ImageTransform(patch, see, see, square=True),
-        )
 
 
 def open_picture(image: ImageLike) -> Image.Image:

@@ -79,7 +79,7 @@ class VisualQuestions:
       model: gives the model; asked at every call, because a training step replaces the arrays it is made
         of.
       tokenizer: of the model.
-      transform: how the model looks at pictures (``sampling.parts.Transforms``).
+      transform: how the model looks at pictures (``data.transforms``).
       batch_size: pictures, and answers, that are read at once.
       max_questions: at most so many for a picture, the weightiest first; 0 asks all.
       name: what weights and curves call it.

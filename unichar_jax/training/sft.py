@@ -23,6 +23,7 @@ from unichar_jax.checkpoint.manager import CheckpointManager
 from unichar_jax.checkpoint.remote import RunFolder, fetched
 from unichar_jax.config.data import DataConfig
 from unichar_jax.config.train import SFTConfig
+from unichar_jax.data import portraits
 from unichar_jax.data.loader import make_loader
 from unichar_jax.data.prefetch import Prefetch
 from unichar_jax.models.autoencoder import Autoencoder, patchify
@@ -33,7 +34,16 @@ from unichar_jax.training import validation
 from unichar_jax.training.loop import Hook, Loop, struct
 from unichar_jax.training.metrics import MetricsLog
 from unichar_jax.training.optimizer import make_optimizer
-from unichar_jax.training.start import Base, load_base, profile_window, save_adapters, with_adapters
+from unichar_jax.training.start import (
+    Base,
+    load_base,
+    open_run,
+    profile_window,
+    run_info,
+    save_adapters,
+    with_adapters,
+    write_run_folder,
+)
 from unichar_jax.training.state import Layout, TrainState
 from unichar_jax.training.step import jit_step
 from unichar_jax.training.writers import make_writers
@@ -56,6 +66,7 @@ def train(
     hooks: Sequence[tuple[int, Hook]] = (),
     quiet: bool = False,
     verify: bool = False,
+    allow_changes: bool = False,
 ) -> Path:
     """Runs Unified-SFT to its last step, resuming if ``run_dir`` holds a checkpoint; returns the run's directory
     (of one in a bucket, the local mirror).
@@ -65,6 +76,7 @@ def train(
       hooks: called after steps that their interval divides.
       quiet: say nothing on the terminal.
       verify: at the end, read the checkpoint back and compare it bit by bit.
+      allow_changes: go on with a run under other settings than it had (``start.open_run``).
 
     Raises:
       UserError: a mistake in the configuration, the data or the base; or a loss that is not finite.
@@ -74,12 +86,13 @@ def train(
     mesh = mesh_lib.make_mesh(cfg.mesh)
     tell = not quiet and distributed.is_leader()
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if tell else (lambda text: None)
-    base = load_base(cfg, run, mesh)
+    rows = mesh_lib.global_batch_size(mesh, cfg.data.rows_per_device) * cfg.accumulate
+    open_run(run, "sft", cfg, rows, allow_changes=allow_changes)
+    base = load_base(cfg, mesh)
     data = dataclasses.replace(cfg.data, path=str(fetched(cfg.data.path)))
     say(f"starting from {base.origin}")
     say(f"mesh: {dict(mesh.shape)}")
 
-    rows = mesh_lib.global_batch_size(mesh, cfg.data.rows_per_device) * cfg.accumulate
     loader = make_loader(
         data,
         base.cfg,
@@ -90,6 +103,9 @@ def train(
         global_batch=rows,
     )
     say(loader.describe())
+    write_run_folder(
+        run, cfg, base, run_info("sft", cfg, base, loader.transforms, rows), portraits.chosen(data)
+    )
 
     declared, model = with_adapters(base, cfg, mesh)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)

@@ -144,7 +144,7 @@ class Worker:
         for run_dir in (self.study.out / "jobs").glob("*/*/*/run"):
             home = run_dir.parent
             if home.relative_to(self.study.out / "jobs").as_posix() not in keep:
-                for name in ("config.json", "metrics.jsonl", "held_out.jsonl"):
+                for name in (runs.INFO_FILE, "metrics.jsonl", "held_out.jsonl"):
                     if (run_dir / name).is_file():
                         shutil.copy(run_dir / name, home)
                 shutil.rmtree(run_dir)
@@ -292,7 +292,9 @@ class Worker:
         else:
             names = variant.pipe or (variant.name,)
             models = [self.trained(VARIANTS[name], job.character, job.seed) for name in names]
-            rewarded = tuple(sorted({m for c in engines.lineage(models[-1]) for m in rewarded_metrics(c)}))
+            rewarded = tuple(
+                sorted({m for c in runs.read_info(models[-1]).lineage for m in rewarded_metrics(c)})
+            )
         with ExitStack() as stack:
             subjects = [self._subject(path, stack) for path in models]
             subject = Piped(subjects[0], subjects[1]) if variant.pipe else subjects[0]

@@ -12,20 +12,14 @@ from pathlib import Path
 
 from unichar_jax.app import engines
 from unichar_jax.app.web.pictures import Shown, shown
-from unichar_jax.data.character import Character
 from unichar_jax.data.images import open_image
-from unichar_jax.data.rolescape import find_characters, read_character
+from unichar_jax.data.portraits import SIDE, Portrait
+from unichar_jax.data.rolescape import read_character
 from unichar_jax.errors import UserError
 from unichar_jax.sampling.engine import Engine
 from unichar_jax.sampling.flow import FlowSettings
 from unichar_jax.sampling.roster import BASE
 from unichar_jax.sampling.session import Persona
-
-SIDE = 512
-"""Longer side of a training picture in the page."""
-
-MOST_PICTURES = 24
-"""Training pictures that are shown."""
 
 Load = Callable[..., Engine]
 """Makes an engine from a run, and ``loras`` by name if there are any."""
@@ -82,13 +76,12 @@ def invite(
                 "--lora: adapters go around one run, and know their characters; name that run only."
             )
         return _with_adapters(runs[0], loras, load)
-    folders = {run: list(characters) or trained_on(run) for run in runs}  # before gigabytes are loaded
-    known = {folder: read_character(folder) for found in folders.values() for folder in found}
+    named = [Portrait.of(read_character(folder)) for folder in characters]
+    known = {run: named or trained_on(run) for run in runs}  # before gigabytes are loaded
     guests: list[Guest] = []
     for run in runs:
         engine = load(run)
-        for folder in folders[run]:
-            who = known[folder]
+        for who in known[run]:
             persona = Persona(who.name, who.description, who.opening)
             guests.append(_guest(persona, who, run.resolve().name, run, engine, guests))
     return guests
@@ -102,42 +95,38 @@ def _with_adapters(run: Path, loras: Mapping[str, Path], load: Load) -> list[Gue
     engine = load(run, loras=loras)
     guests: list[Guest] = []
     for name, folder in loras.items():
-        at = engines.character_folder(folder.absolute().parent)  # the run that they were trained in
-        who = read_character(at) if at else None
+        who = next(
+            iter(engines.portraits(folder.absolute().parent)), None
+        )  # the run that they were trained in
         guests.append(_guest(personas[name], who, name, run, engine, guests, name))
     return guests
 
 
-def trained_on(run: Path) -> list[Path]:
-    """Folders of the characters that a run was trained on.
+def trained_on(run: Path) -> list[Portrait]:
+    """The characters that a run was trained on.
 
     Raises:
-      UserError: the run does not say, or they are not there.
+      UserError: the run does not say.
     """
-    root, names = engines.training_data(run)
-    if root is None:
+    found = engines.portraits(run)
+    if not found:
         raise UserError(
             f"{run}: it does not say which character it plays (a model directory, or not there?);"
             " name the character with --character FOLDER."
-        )
-    found = [f for f in find_characters(root, "train") if not names or f.name in names]
-    if not found:
-        raise UserError(
-            f"{root}: no character {', '.join(names)} here any more; name it with --character FOLDER."
         )
     return found
 
 
 def _guest(
     persona: Persona,
-    character: Character | None,
+    who: Portrait | None,
     label: str,
     run: Path,
     engine: Engine,
     others: Sequence[Guest],
     model: str = BASE,
 ) -> Guest:
-    """A guest, with what is shown of the character if its folder is there."""
+    """A guest, with what is shown of the character if it is known."""
     slug = re.sub(r"[^a-z0-9]+", "-", persona.name.lower()).strip("-") or "character"
     taken = [guest.id for guest in others]
     name = next(n for n in (slug, *(f"{slug}-{i}" for i in range(2, 10_000))) if n not in taken)
@@ -149,15 +138,11 @@ def _guest(
         drawing=lambda steps, guidance: engines.flow_settings(steps, guidance, run),
         model=model,
     )
-    if character is None:
+    if who is None:
         return made
-    captions = {c.image.id: c.text for c in character.captions}
     return replace(
         made,
-        pictures=tuple(
-            (shown(open_image(i.path), SIDE), captions.get(i.id, f"Picture {i.id}"))
-            for i in character.images[:MOST_PICTURES]
-        ),
-        greetings=tuple(dict.fromkeys(s.user for s in character.scenes))[:4],
-        ideas=tuple(dict.fromkeys(c.text for c in character.captions))[:4],
+        pictures=tuple((shown(open_image(p), SIDE), caption) for p, caption in who.pictures),
+        greetings=who.greetings,
+        ideas=who.ideas,
     )

@@ -38,7 +38,16 @@ from unichar_jax.training.grpo.watch import HackingWatch
 from unichar_jax.training.loop import Hook, Loop
 from unichar_jax.training.metrics import MetricsLog
 from unichar_jax.training.optimizer import make_optimizer
-from unichar_jax.training.start import Base, load_base, profile_window, save_adapters, with_adapters
+from unichar_jax.training.start import (
+    Base,
+    load_base,
+    open_run,
+    profile_window,
+    run_info,
+    save_adapters,
+    with_adapters,
+    write_run_folder,
+)
 from unichar_jax.training.state import Layout, TrainState
 from unichar_jax.training.validation import save_picture
 from unichar_jax.training.writers import make_writers
@@ -101,8 +110,8 @@ def prepare(
     sources = Sources(
         presets.folder_or_shipped(cfg.encoders),
         lambda: trainer.model,  # bound below, before anything is scored
-        base.cfg,
         base.tokenizer,
+        base.source.transforms.look,
         cfg.reward_timeout,
     )
     rewards = Rewards(
@@ -133,6 +142,7 @@ def train(
     observe: Observer | None = None,
     quiet: bool = False,
     verify: bool = False,
+    allow_changes: bool = False,
 ) -> Path:
     """Runs Character-GRPO to its last round, resuming if ``run_dir`` holds a checkpoint; returns the run's
     directory.
@@ -143,6 +153,7 @@ def train(
       observe: called after each evaluation of held-out prompts.
       quiet: say nothing on the terminal.
       verify: at the end, read the checkpoint back and compare it bit by bit.
+      allow_changes: go on with a run under other settings than it had (``start.open_run``).
 
     Raises:
       UserError: a mistake in the configuration or the data, a reward that failed (what was learned before is
@@ -154,10 +165,13 @@ def train(
     mesh = mesh_lib.make_mesh(cfg.mesh)
     tell = not quiet and distributed.is_leader()
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if tell else (lambda text: None)
-    base = load_base(cfg, run, mesh)
+    open_run(run, "grpo", cfg, allow_changes=allow_changes)
+    base = load_base(cfg, mesh)
     say(f"starting from {base.origin}\nmesh: {dict(mesh.shape)}")
     with jax.set_mesh(mesh):
         trainer, layout, state, declared = prepare(cfg, base, mesh)
+        info = run_info("grpo", cfg, base, base.source.transforms)
+        write_run_folder(run, cfg, base, info, base.source.characters)
         del base  # a resumed run has other arrays; do not hold two models
         count = len(trainer.prompts) - trainer.held_out
         say(
