@@ -5,5 +5,6 @@
 # All options: ./launch/quickstart.sh --help
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment
+prepare_environment serve
+export UNICHAR_COMMAND="${venv#"$PWD"/}/bin/unichar" # what printed commands begin with: the environment is not on the PATH
 exec unichar quickstart "$@"

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from unichar_jax.app import quickstart
 from unichar_jax.app.quickstart import Quickstart
+from unichar_jax.cli.main import main
 from unichar_jax.config.train import SFTConfig
 from unichar_jax.errors import UserError
 
@@ -56,6 +65,61 @@ def test_a_second_start_trains_nothing(made, monkeypatch):
     results = quickstart.evaluate(cfg, folder, story, None)
     assert results[-1].label == "Unified-SFT"
     assert (cfg.out / "sft" / "metrics.jsonl").read_bytes() == before
+
+
+def test_every_printed_command_runs_as_printed(made, tmp_path, monkeypatch, capsys):
+    """In a folder of the user's, with the words that are placeholders filled in."""
+    cfg, _ = made
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNICHAR_COMMAND", str(Path(sys.executable).with_name("unichar")))
+    folder, final = quickstart.character_folder(cfg), cfg.folder / "sft"
+    pictures = next((cfg.folder / "data" / "personalized_data" / "train").iterdir())
+    printed = [c.command for c in quickstart._next(cfg, folder, final)]
+    commands = [shlex.split(line) for text in printed for line in text.splitlines()]
+    assert [words[1] for words in commands] == ["chat", "draw", "serve", "data", "quickstart"]
+    assert {words[0] for words in commands} == {str(Path(sys.executable).with_name("unichar"))}
+    monkeypatch.setattr(quickstart, "TASKS", ("knowledge_mcq",))
+    monkeypatch.setattr(Console, "input", lambda *_, **__: "")
+    shutil.copytree(
+        pictures, tmp_path / "pictures", ignore=lambda _, names: [n for n in names if ".png" not in n]
+    )
+    for _, command, *words in commands:
+        words = [w.replace("NAME", "Nova").replace("FOLDER_OF_PICTURES", "pictures") for w in words]
+        if command == "serve":
+            _serves([command, *words])
+        elif command == "quickstart":
+            quick = ["--base", "debug", "--steps", "1", "--rounds", "0", "--seeds", "1"]
+            assert main([command, *words, *quick]) == 0, capsys.readouterr().err
+            assert (tmp_path / "runs" / "quickstart-Nova" / "report.html").is_file()
+        else:
+            assert main([command, *words]) == 0, capsys.readouterr().err
+    assert "is waving" in printed[1] and (final / "drawing.png").is_file()
+
+
+def _serves(words: list[str]) -> None:
+    """Starts the server on a free port, fetches its page, and stops it as Ctrl-C does."""
+    command = [sys.executable, "-m", "unichar_jax.cli.main", *words, "--port", "0", "--no-warm"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = re.search(r"http://\S+", server.stdout.readline())
+        try:
+            with urllib.request.urlopen(address[0]) as page:
+                assert "<html" in page.read().decode().lower()
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) in (0, 130, -signal.SIGINT)
+
+
+def test_another_character_gets_another_folder():
+    """So the two commands of the README do not meet."""
+    folders = [
+        Quickstart().folder,
+        Quickstart(character="Luna").folder,
+        Quickstart(data=Path("x/train/Nova")).folder,
+        Quickstart(out=Path("mine"), character="Luna").folder,
+    ]
+    names = ("runs/quickstart", "runs/quickstart-Luna", "runs/quickstart-Nova", "mine")
+    assert folders == [Path(name) for name in names]
 
 
 def test_stages_take_the_users_numbers(tmp_path):

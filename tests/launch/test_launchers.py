@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -170,3 +171,27 @@ def test_the_image_has_what_it_copies():
     ignored = (root / ".dockerignore").read_text().split()
     assert not set(copied) & set(ignored)
     assert lines[-1] == 'ENTRYPOINT ["unichar"]'
+
+
+def test_quickstart_says_how_it_was_started(tmp_path):
+    """What it prints begins with a path that runs from where the user stands, and serve's packages are there."""
+    venv, repository = tmp_path / "a venv", LAUNCH.parent
+    (venv / "bin").mkdir(parents=True)
+    for name, body in (("python", "exit 1"), ("unichar", 'echo "$UNICHAR_COMMAND"')):
+        (venv / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (venv / "bin" / name).chmod(0o755)
+    files = [(repository / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+    stamp = subprocess.run(["cksum"], input=b"".join(files), capture_output=True, check=True).stdout
+    (venv / ".unichar-serve").write_bytes(
+        stamp
+    )  # installed with the extra of that name: nothing is left to do
+    for stands, printed in ((tmp_path, "a venv/bin/unichar"), (repository, str(venv / "bin" / "unichar"))):
+        done = subprocess.run(
+            [LAUNCH / "quickstart.sh"],
+            cwd=stands,
+            env=os.environ | {"UNICHAR_VENV": str(venv)},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.stdout.strip(), done.returncode) == (printed, 0), done.stderr
+        assert os.access(stands / printed, os.X_OK)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from unichar_jax.app import engines
+from unichar_jax.app.command import called
 from unichar_jax.app.evaluate import Evaluation, run_evaluation, versions
 from unichar_jax.app.report import (
     Command,
@@ -62,7 +63,8 @@ class Quickstart:
         ships with the mini model.
       character: which of those.
       base: model to start from; a preset's name that does not ship weights starts from random ones.
-      out: folder of everything that is made.
+      out: folder of everything that is made; by default runs/quickstart, or runs/quickstart-NAME for another
+        character than the default.
       steps: of Unified-SFT; by default the preset's.
       rounds: of Character-GRPO; by default the preset's; 0 leaves it out.
       seeds: pictures of every held-out prompt, and replies to every held-out line.
@@ -72,11 +74,19 @@ class Quickstart:
     data: Path | None = None
     character: str = "Pip"
     base: str = "mini"
-    out: Path = Path("runs/quickstart")
+    out: Path | None = None
     steps: int | None = None
     rounds: int | None = None
     seeds: int = 2
     seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Of everything that is made: characters do not share one."""
+        home = Path("runs/quickstart")
+        name = self.character if self.data is None else self.data.resolve().name
+        first = self.data is None and name == type(self).character
+        return self.out or (home if first else home.with_name(f"{home.name}-{name}"))
 
 
 @dataclass
@@ -143,7 +153,7 @@ def run(cfg: Quickstart, progress: Callable[[str], Progress] | None = None) -> P
         results = evaluate(cfg, folder, story, progress)
     with story.step("a conversation"):
         talk = converse(cfg, folder, final)
-    page = write_report(report(cfg, folder, final, story, results, talk), cfg.out / "report.html")
+    page = write_report(report(cfg, folder, final, story, results, talk), cfg.folder / "report.html")
     _say_goodbye(cfg, folder, final, page, talk, story)
     return page
 
@@ -167,13 +177,13 @@ def character_folder(cfg: Quickstart) -> Path:
         return folder
     parts = character_parts(cfg.character)
     for part in parts:
-        target = cfg.out / "data" / part
+        target = cfg.folder / "data" / part
         if not target.is_dir():
             partial = target.with_name(f".{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(CAST / part, partial, copy_function=shutil.copyfile)
             partial.replace(target)
-    return cfg.out / "data" / parts[0]
+    return cfg.folder / "data" / parts[0]
 
 
 def character_parts(name: str) -> tuple[Path, ...]:
@@ -201,7 +211,7 @@ def sft_config(cfg: Quickstart, folder: Path) -> SFTConfig:
     return dataclasses.replace(
         base,
         base=cfg.base,
-        run_dir=str(cfg.out / "sft"),
+        run_dir=str(cfg.folder / "sft"),
         data=data,
         steps=cfg.steps or base.steps,
         seed=cfg.seed,
@@ -229,7 +239,7 @@ def grpo_config(cfg: Quickstart, folder: Path, sft: Path) -> GRPOConfig:
     return dataclasses.replace(
         preset,
         base=str(sft),
-        run_dir=str(cfg.out / "grpo"),
+        run_dir=str(cfg.folder / "grpo"),
         prompts=str(prompts_folder(folder)),
         rounds=preset.rounds if cfg.rounds is None else cfg.rounds,
         seed=cfg.seed,
@@ -249,7 +259,7 @@ def evaluate(
             tasks=TASKS,
             seeds=cfg.seeds,
             compare=tuple(others),
-            out=cfg.out / "evaluation",
+            out=cfg.folder / "evaluation",
         ),
         progress,
     ).results
@@ -270,7 +280,7 @@ def converse(cfg: Quickstart, folder: Path, final: Path) -> Conversation:
             turn = play.reply(line, TextSettings(max_tokens=80, temperature=0.7, seed=cfg.seed))
             say(f"you: {line}\n{play.persona.name}: {turn.reply}")
         play.picture(engines.flow_settings(30, 4.0, final))
-        play.save(cfg.out / "transcript")
+        play.save(cfg.folder / "transcript")
         return conversation(play)
 
 
@@ -300,7 +310,7 @@ def report(
     ]
     configs = [("Unified-SFT", presets.to_json(sft_config(cfg, folder)))]
     if final.name == "grpo":
-        configs.append(("Character-GRPO", presets.to_json(grpo_config(cfg, folder, cfg.out / "sft"))))
+        configs.append(("Character-GRPO", presets.to_json(grpo_config(cfg, folder, cfg.folder / "sft"))))
     stages = " and ".join(label.removeprefix("+ ") for _, label in story.models if "base" not in label)
     return Report(
         title=character.name,
@@ -314,12 +324,12 @@ def report(
         measurements=(Measurements(results, "Held-out questions, replies and pictures"),),
         charts=(
             *curves(
-                cfg.out / "sft" / "metrics.jsonl",
+                cfg.folder / "sft" / "metrics.jsonl",
                 ["ce", "mse"],
                 {"ce": "Unified-SFT: loss of the text", "mse": "Unified-SFT: loss of the pictures"},
             ),
             *curves(
-                cfg.out / "grpo" / "held_out.jsonl",
+                cfg.folder / "grpo" / "held_out.jsonl",
                 ["reward"],
                 {"reward": "Character-GRPO: reward on held-out prompts"},
             ),
@@ -340,11 +350,13 @@ def _devices() -> str:
 def _next(cfg: Quickstart, folder: Path, final: Path) -> tuple[Command, ...]:
     name = folder.name
     return (
-        Command(f"unichar chat {final}", f"Talk to {name}:"),
-        Command(f'unichar draw {final} "{name} is waving in the snow." -n 8', f"Draw {name}:"),
+        Command(called("chat", final), f"Talk to {name}:"),
+        Command(called("draw", final, f"{name} is waving in the snow.", "-n", 8), f"Draw {name}:"),
+        Command(called("serve", final), f"Meet {name} in a browser:"),
         Command(
-            "unichar data new NAME --images FOLDER_OF_PICTURES --out data\n"
-            "./launch/quickstart.sh --data data/personalized_data/train/NAME --out runs/NAME",
+            called("data", "new", "NAME", "--images", "FOLDER_OF_PICTURES", "--out", "data")
+            + "\n"
+            + called("quickstart", "--data", "data/personalized_data/train/NAME"),
             "The same with about ten pictures of your own (the mini model only knows its picture-book world; "
             "'unichar sft sft-bagel-7b' is for the real one):",
         ),
