@@ -297,11 +297,10 @@ def test_the_command_makes_merges_and_explains(bagel: Path, cfg, tmp_path: Path,
 # -- PEFT -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.torch
-def test_peft_reads_the_folder_and_merges_to_the_same(bagel: Path, cfg, tmp_path: Path) -> None:
-    """BAGEL's modules as PyTorch has them, around which PEFT itself builds and loads the adapters."""
-    torch = pytest.importorskip("torch", reason="needs the torch extra")
-    peft = pytest.importorskip("peft", reason="needs the torch extra")
+def torch_modules(bagel: Path):
+    """BAGEL's modules as PyTorch has them, filled."""
+    import torch
+
     root, leaves = torch.nn.Module(), {}
     for name, x in tensors_of(bagel / "ema.safetensors").items():
         module, _, leaf = name.rpartition(".")
@@ -318,6 +317,15 @@ def test_peft_reads_the_folder_and_merges_to_the_same(bagel: Path, cfg, tmp_path
         for leaf, x in arrays.items():
             made.register_parameter(leaf, torch.nn.Parameter(x))
         above.add_module(steps[-1], made)
+    return root
+
+
+@pytest.mark.torch
+def test_peft_reads_the_folder_and_merges_to_the_same(bagel: Path, cfg, tmp_path: Path) -> None:
+    """BAGEL's modules as PyTorch has them, around which PEFT itself builds and loads the adapters."""
+    pytest.importorskip("torch", reason="needs the torch extra")
+    peft = pytest.importorskip("peft", reason="needs the torch extra")
+    root = torch_modules(bagel)
     every = tuple(f"{e}.{t}" for e in model_lora.EXPERTS for t in model_lora.TARGETS)
     adapters = random_adapters(cfg, places=every)
     lora.save(tmp_path / "lora", adapters, cfg, base=str(bagel))

@@ -168,10 +168,8 @@ def test_accumulation_equals_the_large_batch(plain) -> None:
 # -- the run ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _write_base(folder: Path) -> Path:
     """A small model directory whose velocity is alive: a head of zeros would teach its expert nothing."""
-    folder = tmp_path_factory.mktemp("lora-base")
     write_debug_tokenizer(folder / "tokenizer")
     model = params.initialize(UnifiedModel(CFG), 5)
     head = model.latent_out.kernel
@@ -179,6 +177,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     autoencoder = params.initialize(Autoencoder(CFG.autoencoder), 5)
     store.write_bagel(folder / "base", model, CFG, autoencoder, tokenizer_files_from=folder / "tokenizer")
     return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _write_base(tmp_path_factory.mktemp("lora-base"))
 
 
 def _experiment(base: Path, root: Path, folder: Path, **fields) -> SFTConfig:

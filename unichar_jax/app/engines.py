@@ -48,7 +48,7 @@ def load_engine(
         step, EngineConfig(as_shipped=as_shipped), Compute(dtype=dtype), item=runs.weights_item(step)
     )
     for name, source in opened.items():
-        engine.add_character(name, lora.load(source))
+        engine.add_character(name, source.folder)
     return engine
 
 

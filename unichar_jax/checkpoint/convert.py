@@ -173,7 +173,9 @@ def plan(
 
 def _with_adapters(made: Plan, folder: Path) -> Plan:
     model, *others = made.parts
-    weights = lora.WithAdapters(model.weights, lora.open_lora(folder, made.cfg))
+    opened = lora.open_lora(folder, made.cfg)
+    lora.require_base(opened, model.weights)
+    weights = lora.WithAdapters(model.weights, opened)
     merged = replace(model, weights=weights, source=f"{model.source} with {folder}")
     return replace(made, flavour=f"{made.flavour}, adapters merged", parts=(merged, *others))
 

@@ -25,8 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from unichar_jax.checkpoint import footing as footing_lib
 from unichar_jax.checkpoint import peft_names, runs, store, table, writing
 from unichar_jax.checkpoint import weights as weights_lib
+from unichar_jax.checkpoint.footing import Footing
 from unichar_jax.checkpoint.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from unichar_jax.checkpoint.safetensors_io import TensorFile, open_file, write_file
 from unichar_jax.checkpoint.weights import MODEL, ArrayInfo, OrbaxWeights, Weights
@@ -62,6 +64,7 @@ def save(
     *,
     base: str,
     dtype: Any = None,
+    footing: Footing | None = None,
     whole: tuple[Mapping[str, ArrayInfo], Iterable[tuple[str, np.ndarray]]] | None = None,
     character: Mapping[str, str] | None = None,
 ) -> None:
@@ -75,6 +78,7 @@ def save(
       cfg: the model's sizes.
       base: what they belong to, for readers.
       dtype: of the adapters on disk (default: as given).
+      footing: what they stand on, so that no other base is taken for it.
       whole: arrays to keep beside them: shapes and dtypes by on-disk name, and (name, array) in that order.
       character: who they play: name, description, opening.
     """
@@ -102,7 +106,8 @@ def save(
 
     size = sum(math.prod(s) * d.itemsize for s, d in specs.values())
     with writing.staging(dst, size) as folder:
-        write_file(folder / WEIGHTS_FILE, specs, tensors())
+        metadata = {"format": "pt"} | (footing.to_metadata() if footing else {})
+        write_file(folder / WEIGHTS_FILE, specs, tensors(), metadata)
         writing.write_json(folder / CONFIG_FILE, peft_names.config_of(rank, used, base_name(base)))
         if whole is not None and whole[0]:
             _write_whole(folder / WHOLE_FILE, cfg, *whole)
@@ -121,8 +126,8 @@ def _write_whole(
     write_file(path, specs, ((entries[n].torch, entries[n].to_torch(x)) for n, x in arrays))
 
 
-def adapters_of(step: str | Path, item: str | None = None) -> dict[str, np.ndarray]:
-    """Adapters of a training step by on-disk name; the rest of the step is not read.
+def open_step(step: str | Path, item: str | None = None) -> OrbaxWeights:
+    """The weights of a training step, its adapters beside them.
 
     Raises:
       UserError: not a training step, or one without adapters.
@@ -130,13 +135,18 @@ def adapters_of(step: str | Path, item: str | None = None) -> dict[str, np.ndarr
     step = Path(step).absolute()
     found = weights_lib.orbax_item(step, MODEL, item)
     weights = None if found is None else OrbaxWeights(found)
-    names = [] if weights is None else [n for n in weights.infos if _is_adapter(n)]
-    if weights is None or not names:
+    if weights is None or not any(map(_is_adapter, weights.infos)):
         raise UserError(
             f"{step}: holds no adapters. Only a run with trainable = 'lora' has some; to make them from a full"
             " fine-tune: unichar convert --lora RANK FINETUNE BASE DST"
         )
-    return dict(weights.read(names))
+    return weights
+
+
+def adapters_of(step: str | Path, item: str | None = None) -> dict[str, np.ndarray]:
+    """Adapters of a training step by on-disk name; the rest of the step is not read. Errors as ``open_step``."""
+    weights = open_step(step, item)
+    return dict(weights.read([n for n in weights.infos if _is_adapter(n)]))
 
 
 def export(
@@ -157,12 +167,16 @@ def export(
       character: who they play.
     """
     step = runs.resolve(run)
-    adapters = adapters_of(step, item or runs.weights_item(step))
-    home = store.config_folder(step)
-    save(dst, adapters, store.load_config(home), base=_base_of(home), dtype=dtype, character=character)
+    item = item or runs.weights_item(step)
+    adapters, home = adapters_of(step, item), store.config_folder(step)
+    cfg = store.load_config(home)
+    footing = footing_lib.of_weights(open_step(step, item), cfg)
+    save(dst, adapters, cfg, base=base_of(home), dtype=dtype, footing=footing, character=character)
 
 
-def save_trained(run: str | Path, arrays: Mapping[str, jax.Array], base: str) -> Path:
+def save_trained(
+    run: str | Path, arrays: Mapping[str, jax.Array], base: str, around: Mapping[str, jax.Array]
+) -> Path:
     """Writes what a run trained as ``lora`` in its directory, in place of an older one; returns the folder.
 
     With several processes all must call this; the first one writes.
@@ -171,7 +185,10 @@ def save_trained(run: str | Path, arrays: Mapping[str, jax.Array], base: str) ->
       run: the run's directory, with the model's configs.
       arrays: adapters by module name, layers stacked, on any mesh.
       base: what they were trained around.
+      around: its arrays.
     """
+    cfg = store.load_config(run)
+    footing = footing_lib.of_arrays(around, cfg)
     whole = {n: _gathered(x) for n, x in arrays.items() if _is_adapter(n)}
     folder = Path(run) / FOLDER
     if jax.process_index() == 0:
@@ -180,7 +197,7 @@ def save_trained(run: str | Path, arrays: Mapping[str, jax.Array], base: str) ->
         }
         for name in (CONFIG_FILE, WEIGHTS_FILE, WHOLE_FILE, CHARACTER_FILE):
             (folder / name).unlink(missing_ok=True)  # anything else stays, and then ``save`` says so
-        save(folder, spelled, store.load_config(run), base=base)
+        save(folder, spelled, cfg, base=base, footing=footing)
     return folder
 
 
@@ -201,7 +218,7 @@ def base_name(base: str) -> str:
     return given.parent.parent.name if given.parent.name == "checkpoints" else given.name
 
 
-def _base_of(run: Path) -> str:
+def base_of(run: Path) -> str:
     return str(runs.read_info(run).settings.get("base", ""))
 
 
@@ -217,12 +234,16 @@ class LoraFile:
       cfg: the model it was checked against.
       places: where adapters are, with their ranks.
       shapes: of everything in it, adapters and whole arrays.
+      base: what it says that it belongs to.
+      footing: some of that base's values, if it has any.
     """
 
     folder: Path
     cfg: ModelConfig
     places: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
+    base: str
+    footing: Footing | None
     _tensors: Mapping[str, tuple[TensorFile, str, table.Entry | None, float]] = field(repr=False)
 
     @property
@@ -294,7 +315,27 @@ def open_lora(folder: str | Path, cfg: ModelConfig) -> LoraFile:
             f"{folder}: the adapters do not fit this model:\n  {shown}{more}\n"
             f"They were made for '{config.get('base_model_name_or_path')}'; use them with that base."
         )
-    return LoraFile(folder, cfg, lora.places_in(shapes), shapes, tensors)
+    base, footing = (
+        str(config.get("base_model_name_or_path")),
+        Footing.from_metadata(file.metadata, file.path),
+    )
+    return LoraFile(folder, cfg, lora.places_in(shapes), shapes, base, footing, tensors)
+
+
+def require_base(source: LoraFile, base: Weights | Mapping[str, jax.Array]) -> None:
+    """Refuses a base that is not the one that adapters were made around (if they say so).
+
+    Args:
+      source: the adapters.
+      base: its weights, or its arrays by module name.
+    """
+    if source.footing is not None:
+        found = footing_lib.of_arrays if isinstance(base, Mapping) else footing_lib.of_weights
+        footing_lib.require(
+            source.footing,
+            found(base, source.cfg),
+            f"{source.folder}: these adapters stand on '{source.base}'",
+        )
 
 
 def _pair_problem(

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unichar_jax.checkpoint import convert, peft_names, runs, store, writing
+from unichar_jax.checkpoint import footing as footing_lib
 from unichar_jax.checkpoint import lora as lora_file
 from unichar_jax.checkpoint import weights as weights_lib
 from unichar_jax.checkpoint.arrays import bits
@@ -156,7 +157,8 @@ def difference(
         )
     kept = _to_keep(cfg, new, {r.name for r in rows if r.name not in kernels}, keep)
     whole = (kept, new.read(list(kept))) if kept else None
-    lora_file.save(dst, adapters, cfg, base=str(base), whole=whole, character=character)
+    footing = footing_lib.of_weights(old, cfg)
+    lora_file.save(dst, adapters, cfg, base=str(base), footing=footing, whole=whole, character=character)
     settled = (replace(r, kept="whole", lost=0.0) if r.name in kept else r for r in rows)
     return Report(tuple(settled))
 

@@ -20,6 +20,7 @@ from unichar_jax.checkpoint import convert as convert_lib
 from unichar_jax.checkpoint import inspect as inspect_lib
 from unichar_jax.checkpoint import lora as lora_lib
 from unichar_jax.checkpoint import low_rank, runs
+from unichar_jax.checkpoint import stages as stages_lib
 from unichar_jax.checkpoint.memory import PeakMemory
 from unichar_jax.errors import UserError
 
@@ -37,15 +38,17 @@ def convert(
     max_shard_gib: float | None = None,
     merge: Path | None = None,
     lora_export: bool = False,
+    adapters_of: bool = False,
     lora: Annotated[int | None, tyro.conf.arg(metavar="RANK")] = None,
     keep: Literal["none", "vectors", "all"] = "vectors",
     character: Path | None = None,
 ) -> None:
     """Converts weights: PyTorch safetensors to Orbax, or Orbax back to a complete BAGEL directory.
 
-    Three more things it does, all streamed as well:
+    Four more things it does, all streamed as well:
       unichar convert --lora RANK FINETUNE BASE DST    adapters from the difference of two models
       unichar convert --lora-export RUN DST            the adapters of a run with trainable = "lora"
+      unichar convert --adapters-of RUN DST            the same with those of the runs it started from, as one folder
       unichar convert --merge ADAPTERS SRC DST         a model with adapters merged into it
 
     Args:
@@ -61,6 +64,7 @@ def convert(
       max_shard_gib: split an export into files of at most this size.
       merge: a folder of adapters to merge into SRC.
       lora_export: write the adapters of a run as a folder that PEFT reads.
+      adapters_of: write the adapters of both stages as one such folder, exact, for the base of the first.
       lora: rank of the adapters that are to stand for the difference of two models.
       keep: with --lora, what to keep whole of the rest that changed: nothing, vectors (norms and biases), or
         all (embeddings and heads, too).
@@ -72,12 +76,17 @@ def convert(
         finetune, old, dst = _exactly(paths, "--lora RANK FINETUNE BASE DST")
         who = None if character is None else portraits(old, character)[0].persona
         return _difference(console, finetune, old, dst, lora, keep, dtype, item, who)
-    src, dst = _exactly(paths, "--lora-export RUN DST" if lora_export else "SRC DST")
-    if lora_export:
+    usage = "--lora-export RUN DST" if lora_export else "--adapters-of RUN DST" if adapters_of else "SRC DST"
+    src, dst = _exactly(paths, usage)
+    if lora_export or adapters_of:
         played = portraits(src, character)
         who = played[0].persona if played else None
-        lora_lib.export(src, dst, item=item, dtype=_dtype(dtype), character=who)
-        console.print(f"wrote {dst}: the adapters of {src}, as PEFT reads them")
+        if adapters_of:
+            stages = stages_lib.export(src, dst, dtype=_dtype(dtype), character=who)
+            console.print(f"wrote {dst}: the adapters of {src} and what it stands on, {stages} stages in one")
+        else:
+            lora_lib.export(src, dst, item=item, dtype=_dtype(dtype), character=who)
+            console.print(f"wrote {dst}: the adapters of {src}, as PEFT reads them")
         return None
     if runs.is_run(src):
         src = runs.resolve(src)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from unichar_jax.errors import UserError, did_you_mean
-from unichar_jax.models import lora
+from unichar_jax.models import lora, params
 from unichar_jax.models.unified import UnifiedModel
 
 BASE = "base"
@@ -53,7 +53,11 @@ class Roster:
 
             home = base.embed.embedding[...].sharding
             mesh = home.mesh if isinstance(home, NamedSharding) else None
-            adapters = lora_file.load(adapters, base.cfg, mesh=mesh)
+            source = (
+                lora_file.open_lora(adapters, base.cfg) if isinstance(adapters, (str, Path)) else adapters
+            )
+            lora_file.require_base(source, params.flat(base))
+            adapters = lora_file.load(source, mesh=mesh)
         self._add(name, base, {n: _cast(x, base.compute.jax_dtype) for n, x in adapters.items()})
 
     def remove(self, name: str) -> None:

@@ -200,7 +200,8 @@ def with_adapters(
 
 def save_adapters(cfg: SFTConfig | GRPOConfig, run: RunFolder, state: TrainState) -> Path:
     """What a run trained, as a small folder of its own; averaged where the run keeps an average."""
-    folder = lora_files.save_trained(run.local, state.params if state.ema is None else state.ema, cfg.base)
+    trained = state.params if state.ema is None else state.ema
+    folder = lora_files.save_trained(run.local, trained, cfg.base, state.frozen)
     if distributed.is_leader():
         run.push()
     return folder
