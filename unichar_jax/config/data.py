@@ -27,6 +27,8 @@ class DataConfig:
       rows_per_device: packed sequences per device and micro-batch.
       tokens_per_row: about how many tokens a row has in all streams; derived capacities keep within -10 % and
         +6 %.
+      long_samples: what to do with samples that are longer than a row by its ``tokens_per_row``: "raise", "cut" the
+        end of their longest text, or "drop" them. With given capacities, what does not fit is always left out.
       capacities: tokens of a row in the streams text, vit, latent; none to derive them from the mixture.
       draw_min, draw_max: bounds of the sides of pictures that are drawn, in pixels.
       look_min, look_max: bounds of the sides of pictures that are looked at, in pixels.
@@ -47,6 +49,7 @@ class DataConfig:
     seed: int = 0
     rows_per_device: int = 1
     tokens_per_row: int = 12_288
+    long_samples: str = "raise"
     capacities: tuple[int, ...] | None = None
     draw_min: int = 512
     draw_max: int = 1024
@@ -68,6 +71,8 @@ class DataConfig:
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}: expected at least 0, got {getattr(self, name)}.")
+        if self.long_samples not in ("raise", "cut", "drop"):
+            raise UserError(f'data.long_samples: expected raise, cut or drop, got "{self.long_samples}".')
         if not 0 <= self.text_dropout <= 1:
             raise UserError(f"data.text_dropout: expected a probability, got {self.text_dropout}.")
         if self.capacities is not None and (len(self.capacities) != 3 or min(self.capacities) < 0):

@@ -41,7 +41,7 @@ MAX_PIXELS = 50_000_000
 """Largest picture that is decoded (width x height); larger ones are taken for decompression bombs."""
 
 MIN_SIDE = 8
-"""Shortest side, in pixels, of a picture that is read."""
+"""Shortest side, in pixels, of a picture that is read; what the caller made and opened may be smaller."""
 
 SMALL_SIDE, THIN = 32, 4
 """A picture with a side below, or with sides further apart than this ratio, is worth a note."""
@@ -246,7 +246,7 @@ def _open(source: Source, root: Path | None, max_pixels: int) -> tuple[Image.Ima
     width, height = image.size
     if width * height > max_pixels:
         raise LargeImageError(what, f"{width}x{height} pixels", max_pixels)
-    if min(width, height) < MIN_SIDE:
+    if min(width, height) < MIN_SIDE and image is not source:
         raise SmallImageError(
             f"{what} is only {width}x{height} pixels; expected {MIN_SIDE} or more on each side. Give a larger one."
         )

@@ -100,6 +100,47 @@ def _ready(samples: Sequence[tasks_lib.Sample], tokenizer: Tokenizer, transforms
     return ready
 
 
+def _shortened(
+    samples: list[_Ready], cfg: DataConfig, left_out: dict[str, str]
+) -> tuple[list[_Ready], tuple[str, ...]]:
+    """The samples, those longer than a row treated as ``cfg.long_samples`` says, and what there is to tell.
+
+    Raises:
+      UserError: there are some and none may be cut or dropped, or one has too little text to be cut.
+    """
+    most, row = int(capacities.HIGH * cfg.tokens_per_row), f"a row {cfg.tokens_per_row}"
+    longer = {} if cfg.capacities else {s.key: s.sizes.total for s in samples if s.sizes.total > most}
+    if not longer:
+        return samples, ()
+    named = [f"{key} ({total:,} tokens)" for key, total in sorted(longer.items(), key=lambda x: -x[1])]
+    told = ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+    if cfg.long_samples == "raise":
+        raise UserError(
+            f"longer than a row of data.tokens_per_row {cfg.tokens_per_row}: {told}. Shorten them, raise"
+            f" data.tokens_per_row to {max(longer.values())}, or set data.long_samples to cut (the end of the"
+            " longest text) or drop."
+        )
+    if cfg.long_samples == "drop":
+        left_out |= {key: f"it has {total} tokens, {row}" for key, total in longer.items()}
+        return samples, ()
+    cut = [_cut(s, longer[s.key] - cfg.tokens_per_row) if s.key in longer else s for s in samples]
+    return cut, (f"cut at the end of their longest text, to {cfg.tokens_per_row} tokens: {told}",)
+
+
+def _cut(sample: _Ready, excess: int) -> _Ready:
+    """The sample with so many tokens fewer in its longest text."""
+    texts = {i: len(part.ids) for i, part in enumerate(sample.parts) if part.ids is not None}
+    at = max(texts, key=lambda i: texts[i])
+    if texts[at] <= excess:
+        raise UserError(
+            f"{sample.key}: its pictures and other texts leave no room in a row; raise data.tokens_per_row, lower"
+            " the sizes of pictures, or set data.long_samples to drop."
+        )
+    parts = list(sample.parts)
+    parts[at] = dataclasses.replace(parts[at], ids=parts[at].ids[: texts[at] - excess])  # type: ignore[index]
+    return _Ready(sample.key, sample.sizes.plus(Sizes(-excess, 0, 0)), tuple(parts))
+
+
 def read_samples(cfg: DataConfig) -> list[tasks_lib.Sample]:
     """The training samples of the configured characters, for the tasks of the recipe.
 
@@ -371,15 +412,19 @@ def make_loader(
     fixed = None if cfg.capacities is None else Sizes(*cfg.capacities)
     sources: dict[SourceKey, list[_Ready]] = {}
     left_out: dict[str, str] = {}
-    for sample, ready in zip(found, _ready(found, tokenizer, transforms), strict=True):
+    prepared, notes = _shortened(_ready(found, tokenizer, transforms), cfg, left_out)
+    for sample, ready in zip(found, prepared, strict=True):
+        if ready.key in left_out:
+            continue
         why = None if fixed is None else capacities.too_large(ready.sizes, fixed)
         if why:
             left_out[ready.key] = why
         else:
             sources.setdefault(SourceKey(sample.task, sample.character), []).append(ready)
     if left_out and not sources:
+        limit = f"tokens_per_row {cfg.tokens_per_row}" if fixed is None else f"capacities {tuple(fixed)}"
         raise UserError(
-            f"data.capacities {tuple(fixed or ())}: no sample fits, {next(iter(left_out.items()))} for one;"
+            f"data.{limit}: no sample fits, {next(iter(left_out.items()))} for one;"
             " raise the capacities or lower the sizes of pictures."
         )
     sizes = {key: np.array([r.sizes for r in ready]) for key, ready in sources.items()}
@@ -388,6 +433,7 @@ def make_loader(
         {key: len(s) for key, s in sizes.items()},
         cfg.character_weights,
     )
+    mixture = dataclasses.replace(mixture, notes=(*mixture.notes, *notes))
     ordered = [sizes[key] for key in mixture.keys]
     budget = cfg.tokens_per_row if fixed is None else fixed.total
     if _recipe(cfg).follow_budgets:
