@@ -191,3 +191,25 @@ def test_an_unfinished_character_is_given_at_the_end() -> None:
 def test_settings_are_checked(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TextSettings(**change)
+
+
+def test_stacked_layers_decode_as_those_taken_apart(model: UnifiedModel, read: kv.KVCache) -> None:
+    """TPUs, and GPUs that are nearly full, scan the layers where they are. Rows end at different times."""
+    choice = Choice.of(
+        [TextSettings(max_tokens=n, temperature=t, seed=n) for n, t in ((9, 0), (4, 1), (7, 0.5))]
+    )
+    layers = text.text_layers(model)
+    assert layers is not None  # this is a CPU
+    runs = []
+    for way in (layers, None):
+        state, tokens = text.start(model, read), []
+        for _ in range(2):
+            new, state = text.decode_chunk(model, way, state, choice, num_tokens=5)
+            tokens.append(np.asarray(new))
+        runs.append((np.concatenate(tokens, axis=1), state))
+    (apart, first), (stacked, second) = runs
+    np.testing.assert_array_equal(stacked, apart)
+    assert (apart >= 0).sum(axis=1).max() == 9
+    np.testing.assert_array_equal(first.cache.length, second.cache.length)
+    np.testing.assert_allclose(second.cache.k, first.cache.k, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(second.cache.v, first.cache.v, rtol=1e-3, atol=1e-3)

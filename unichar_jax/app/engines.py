@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from unichar_jax.checkpoint import runs
 from unichar_jax.errors import UserError
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from unichar_jax.sampling.session import Persona
 
 
+Weights = Literal["int8"] | None
+"""How the decoder's weights are held: as stored, or in eight bits."""
+
+
 def load_engine(
     path: Path,
     dtype: str | None = None,
     loras: Mapping[str, Path] | None = None,
     *,
     as_shipped: bool = False,
+    weights: Weights = None,
 ) -> Engine:
     """The engine of a run (its latest step, averaged weights if kept) or of a model directory.
 
@@ -33,6 +38,7 @@ def load_engine(
       dtype: to compute in (default: float32 for a small model, bfloat16 for one of BAGEL's size).
       loras: folders of adapters by the name of their character.
       as_shipped: as in ``EngineConfig``.
+      weights: "int8" for weights of eight bits (``models/int8.py``).
     """
     from unichar_jax.checkpoint import lora, store
     from unichar_jax.config.compute import Compute
@@ -45,7 +51,7 @@ def load_engine(
         name: lora.open_lora(folder, cfg) for name, folder in (loras or {}).items()
     }  # before gigabytes are
     engine = Engine.load(
-        step, EngineConfig(as_shipped=as_shipped), Compute(dtype=dtype), item=runs.weights_item(step)
+        step, EngineConfig(as_shipped=as_shipped), Compute(dtype=dtype), runs.weights_item(step), weights
     )
     for name, source in opened.items():
         engine.add_character(name, source.folder)

@@ -70,6 +70,8 @@ class Evaluation:
     """Of replies; answers to questions are greedy."""
     max_tokens: int | None = None
     """Of a reply; by default 256, or 96 for a small model."""
+    weights: engines.Weights = None
+    """int8 holds the decoders' weights in eight bits."""
     shard: str = "0/1"
     """I/N: only ask share I of N and keep it; when all have, the same command without it measures."""
     out: Path | None = None
@@ -112,7 +114,7 @@ def run_evaluation(cfg: Evaluation, progress: Callable[[str], Progress] | None =
             told = progress(model.label) if progress else None
             asked = replace(plan, context=model.context)
             with engines.load_engine(
-                model.path, "float32" if engines.is_small(model.path) else "bfloat16"
+                model.path, "float32" if engines.is_small(model.path) else "bfloat16", weights=cfg.weights
             ) as engine:
                 subject = _subject(cfg, engine, model.path)
                 if not whole:
@@ -205,7 +207,7 @@ def _instruments(cfg: Evaluation, run: Path, folder: Path) -> Instruments:
 def _subject(cfg: Evaluation, engine: Any, path: Path) -> EngineSubject:
     return EngineSubject(
         engine,
-        weights=weights_fingerprint(runs.resolve(path)),
+        weights="-".join(filter(None, (weights_fingerprint(runs.resolve(path)), cfg.weights))),
         writing=TextSettings(max_tokens=_max_tokens(cfg, path), temperature=cfg.temperature),
         drawing=engines.flow_settings(cfg.steps, cfg.guidance, path),
     )

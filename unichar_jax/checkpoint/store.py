@@ -11,9 +11,9 @@ memory is ``convert.py``'s.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from unichar_jax.checkpoint.writing import CONFIG_FILES
 from unichar_jax.config.compute import Compute
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
-from unichar_jax.models import lora, params
+from unichar_jax.models import int8, lora, params
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
@@ -77,6 +77,7 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: Any = None,
     item: str | None = None,
+    weights: Literal["int8"] | None = None,
 ) -> UnifiedModel:
     """Loads the unified model with its layers stacked; adapters of a training step are merged.
 
@@ -86,17 +87,26 @@ def load_model(
       mesh: arrays go straight to their place on this mesh; without one, to the default device.
       dtype: of the loaded arrays, one for all or ``{name in the module: dtype}``; by default as stored.
       item: for a training step, the item to load: ``weights`` (the default) or ``ema``.
+      weights: "int8" makes the decoder's projections small as they come (``models/int8.py``), for inference.
 
     Raises:
       UserError: the weights do not fit the configs beside them; every problem is listed.
     """
     cfg = load_config(path)
-    weights = weights_lib.open_weights(path, cfg, MODEL, item, adapters=True)
+    stored = weights_lib.open_weights(path, cfg, MODEL, item, adapters=True)
     declared = UnifiedModel(cfg, compute)
-    places = lora.places_in({name: info.shape for name, info in weights.infos.items()})
-    if not places:
-        return _fill(declared, weights, mesh, dtype)
-    return lora.merge(_fill(lora.declare(UnifiedModel(cfg, compute), places), weights, mesh, dtype), declared)
+    places = lora.places_in({name: info.shape for name, info in stored.infos.items()})
+    whole = lora.declare(UnifiedModel(cfg, compute), places)
+    if weights == "int8":
+        specs = params.flat(whole)
+        adapters = {n: s for n, s in specs.items() if n.endswith((f".{lora.A}", f".{lora.B}"))}
+        around = _filled(adapters, stored, mesh, dtype)
+        small = functools.partial(int8.small_form, adapters=around)
+        plain = {n: s for n, s in specs.items() if n not in adapters}
+        arrays = _filled(plain, stored, mesh, dtype, small)
+        return params.map_named(lambda name, _: arrays[name], int8.declare(declared))
+    filled = _fill(whole, stored, mesh, dtype)
+    return lora.merge(filled, declared) if places else filled
 
 
 def load_autoencoder(path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Autoencoder:
@@ -108,22 +118,34 @@ def load_autoencoder(path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | No
 
 
 def _fill(module: M, weights: TorchWeights | OrbaxWeights, mesh: Mesh | None, dtype: Any) -> M:
-    """Arrays for a module of declarations, a few gigabytes of stacked layers at a time."""
-    if isinstance(weights, TorchWeights):
-        return params.map_named(
-            lambda name, spec: _array_from_views(name, spec, weights, mesh, dtype), module
-        )
+    """Arrays for a module of declarations."""
+    filled = _filled(params.flat(module), weights, mesh, dtype)
+    return params.map_named(lambda name, _: filled[name], module)
+
+
+def _filled(
+    specs: Mapping[str, params.ArraySpec],
+    weights: TorchWeights | OrbaxWeights,
+    mesh: Mesh | None,
+    dtype: Any,
+    made_of: Callable[[str, jax.Array], dict[str, jax.Array]] = lambda name, array: {name: array},
+) -> dict[str, jax.Array]:
+    """Arrays by name, a few gigabytes of stacked layers at a time; ``made_of`` tells what is kept of each."""
     filled: dict[str, jax.Array] = {}
     batch: dict[str, params.ArraySpec] = {}
     size = 0
-    for name, spec in params.named_leaves(module):
+    for name, spec in specs.items():
+        if isinstance(weights, TorchWeights):
+            filled |= made_of(name, _array_from_views(name, spec, weights, mesh, dtype))
+            continue
         batch[name] = spec
         size += sum(array_bytes(weights.infos[n]) for n in _stored_names(name, spec))
-        if size > _BATCH_BYTES:
-            filled |= _arrays_from_orbax(batch, weights, mesh, dtype)
+        if size > _BATCH_BYTES or name == next(reversed(specs)):
+            loaded = _arrays_from_orbax(batch, weights, mesh, dtype)
+            for n in list(loaded):
+                filled |= made_of(n, loaded.pop(n))
             batch, size = {}, 0
-    filled |= _arrays_from_orbax(batch, weights, mesh, dtype)
-    return params.map_named(lambda name, _: filled[name], module)
+    return filled
 
 
 def _stored_names(name: str, spec: params.ArraySpec) -> list[str]:

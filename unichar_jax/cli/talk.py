@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from unichar_jax.app import engines
-from unichar_jax.app.engines import flow_settings
+from unichar_jax.app.engines import Weights, flow_settings
 from unichar_jax.cli.inline import inline
 from unichar_jax.cli.train import use_compilation_cache
 from unichar_jax.errors import UserError
@@ -32,10 +32,11 @@ def load_engine(
     loras: Mapping[str, Path] | None = None,
     *,
     as_shipped: bool = False,
+    weights: Weights = None,
 ) -> Engine:
     """As ``app.engines.load_engine``, with compiled programs kept between starts."""
     use_compilation_cache()
-    return engines.load_engine(path, dtype, loras, as_shipped=as_shipped)
+    return engines.load_engine(path, dtype, loras, as_shipped=as_shipped, weights=weights)
 
 
 def chat(
@@ -54,6 +55,7 @@ def chat(
     guidance: float = 4.0,
     seed: int = 0,
     as_shipped: bool = False,
+    weights: Weights = None,
     out: Path | None = None,
 ) -> int:
     """Talks with the character; each reply is followed by its picture. An empty line or Ctrl-D ends.
@@ -77,6 +79,7 @@ def chat(
       seed: of the conversation.
       as_shipped: follow the published inference code where it departs from its own training: the prompt that
         asks for a plan, and the size of pictures that are looked at.
+      weights: int8 holds the decoder's weights in eight bits: half of the memory of bfloat16.
       out: folder of the transcript and its pictures; by default transcript/ in the run, or beside the
         adapters.
     """
@@ -94,7 +97,7 @@ def chat(
     personas, folders = _who_and_where(run, loras, character, description, opening, out)
     drawing = flow_settings(steps, guidance, run) if pictures else None
     with console.status("loading the model ..."):
-        engine = load_engine(run, loras=loras, as_shipped=as_shipped)
+        engine = load_engine(run, loras=loras, as_shipped=as_shipped, weights=weights)
     with engine:
         plays = {
             name: RolePlay(engine, who, reference_image=image, model=name if loras else BASE)
@@ -205,6 +208,7 @@ def draw(
     size: tuple[int, int] | None = None,
     seed: int = 0,
     lora: Path | None = None,
+    weights: Weights = None,
     out: Path | None = None,
 ) -> int:
     """Draws a prompt several times and writes a contact sheet.
@@ -218,6 +222,7 @@ def draw(
       size: height and width in pixels; by default that of training.
       seed: of the first picture.
       lora: a folder of adapters to put around the model.
+      weights: int8 holds the decoder's weights in eight bits: half of the memory of bfloat16.
       out: the PNG to write; by default drawing.png in the run.
     """
     import math
@@ -226,7 +231,7 @@ def draw(
     from PIL import Image
 
     settings = flow_settings(steps, guidance, run)
-    with _one(run, lora) as (engine, name):
+    with _one(run, lora, weights=weights) as (engine, name):
         drawn = engine.generate_images([prompt], n, settings, size=size, seed=seed, model=name)[0]
     columns = min(n, max(1, math.ceil(math.sqrt(n))) if n > 4 else n)
     width, height = drawn[0].size
@@ -252,6 +257,7 @@ def ask(
     seed: int = 0,
     as_shipped: bool = False,
     lora: Path | None = None,
+    weights: Weights = None,
 ) -> int:
     """Asks a question about a picture, or about what the character knows.
 
@@ -265,6 +271,7 @@ def ask(
       as_shipped: look at the picture in the size of the published inference code, which is not that of its
         training.
       lora: a folder of adapters to put around the model.
+      weights: int8 holds the decoder's weights in eight bits: half of the memory of bfloat16.
     """
     from unichar_jax.sampling.text import TextSettings
 
@@ -273,7 +280,7 @@ def ask(
         raise UserError('expected "unichar ask RUN [IMAGE] QUESTION"; put the question in quotes.')
     image = Path(before[0]) if before else image
     _look_at(image)
-    with _one(run, lora, as_shipped) as (engine, name):
+    with _one(run, lora, as_shipped, weights) as (engine, name):
         print(engine.answer(image, question, TextSettings(max_tokens, temperature, seed=seed), model=name))
     return 0
 
@@ -287,8 +294,10 @@ def _look_at(image: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def _one(run: Path, lora: Path | None, as_shipped: bool = False) -> Iterator[tuple[Engine, str]]:
+def _one(
+    run: Path, lora: Path | None, as_shipped: bool = False, weights: Weights = None
+) -> Iterator[tuple[Engine, str]]:
     """An engine, and the name of who answers: the model itself, or the one character around it."""
     loras = engines.lora_names([] if lora is None else [lora])
-    with load_engine(run, loras=loras, as_shipped=as_shipped) as engine:
+    with load_engine(run, loras=loras, as_shipped=as_shipped, weights=weights) as engine:
         yield engine, next(iter(loras), "base")

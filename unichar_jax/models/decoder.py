@@ -26,6 +26,9 @@ from unichar_jax.parallel.mesh import constrain
 
 KeyValues = tuple[jax.Array, jax.Array]
 
+EXPERTS = ("und", "gen")
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 def rope_angles(position: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles, float32 ``[B, L, 1, head_dim / 2]``."""

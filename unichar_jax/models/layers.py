@@ -45,8 +45,9 @@ def checkpointed(layer: F, remat: str) -> F:
 class Dense(nnx.Module):
     """``y = x W + b`` with kernel ``[in, out]``, and an optional low-rank addition ``(x A) B``.
 
-    ``lora_a [in, r]`` and ``lora_b [r, out]`` are absent until ``models/lora.py`` adds them (LoRA, arXiv
-    2106.09685); their scale is folded into the initial values there.
+    An int8 kernel (``models/int8.py``) has a ``scale [out]``: ``y = (x W) scale + b``. ``lora_a [in, r]`` and
+    ``lora_b [r, out]`` are absent until ``models/lora.py`` adds them (LoRA, arXiv 2106.09685); their scale is folded
+    into the initial values there.
     """
 
     def __init__(
@@ -66,11 +67,14 @@ class Dense(nnx.Module):
             if bias
             else None
         )
+        self.scale = nnx.data(None)
         self.lora_a = nnx.data(None)
         self.lora_b = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...]
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.scale is not None:
+            y = y * self.scale[...].astype(x.dtype)
         if self.lora_a is not None:
             y = y + (x @ self.lora_a[...]) @ self.lora_b[...]
         return y if self.bias is None else y + self.bias[...]

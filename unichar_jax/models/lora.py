@@ -24,15 +24,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from unichar_jax.models import params
+from unichar_jax.models import decoder, int8, params
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
 
 M = TypeVar("M")
 
 A, B = "lora_a", "lora_b"
-EXPERTS = ("und", "gen")
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+EXPERTS, TARGETS = decoder.EXPERTS, decoder.PROJECTIONS
 
 Places = Mapping[str, int]
 """Where adapters are, and of which rank: ``{"und.q": 16, ...}``."""
@@ -102,9 +101,13 @@ def adapted(
         zeros to the rank that is asked for; absent ones are all zero.
     """
     shapes = {n: x.shape for n, x in arrays.items()}
-    declared = declare(UnifiedModel(base.cfg, base.compute), places_in(shapes) if places is None else places)
+    declared = UnifiedModel(base.cfg, base.compute)
+    declared = declare(
+        int8.declare(declared) if int8.is_int8(base) else declared,
+        places_in(shapes) if places is None else places,
+    )
     own = params.flat(base)
-    home = own["decoder.layers.und.q.kernel"]
+    home = own["decoder.norm.und.scale"]
 
     def fill(name: str, spec: params.ArraySpec) -> jax.Array:
         if name in own and name not in arrays:

@@ -157,7 +157,7 @@ def initialize(module: M, seed: int, mesh: Mesh | None = None) -> M:
 
 
 def gathered(module: M, dtype: Any) -> M:
-    """Weights ready for use: cast to ``dtype`` first, then gathered over ``fsdp``.
+    """Weights ready for use: cast to ``dtype`` first (but for integers), then gathered over ``fsdp``.
 
     Casting before the collective halves its bytes. The slice that a layer scan sees has lost its ``layers``
     dimension; the names lose it too.
@@ -165,10 +165,9 @@ def gathered(module: M, dtype: Any) -> M:
 
     def use(param: nnx.Param) -> nnx.Param:
         value = param.get_value()
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            return param
         dims = param.dims[-value.ndim :] if value.ndim else ()
-        return param.replace(mesh_lib.gather(value.astype(dtype), dims))
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        return param.replace(mesh_lib.gather(value.astype(dtype) if floating else value, dims))
 
     return jax.tree.map(use, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

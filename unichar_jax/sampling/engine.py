@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -131,17 +132,19 @@ class Engine:
         config: EngineConfig | None = None,
         compute: Compute | None = None,
         item: str | None = None,
+        weights: Literal["int8"] | None = None,
     ) -> Engine:
         """Loads a BAGEL directory, a model directory or a training step, with what lies beside it: a run's own
         sizes of pictures, too.
 
-        ``item`` chooses among a training step's weights, as in ``checkpoint.store.load_model``.
+        ``item`` chooses among a training step's weights, and ``weights`` makes them small, as in
+        ``checkpoint.store.load_model``.
         """
         from unichar_jax.checkpoint import store  # reading checkpoints takes long to import
         from unichar_jax.data.tokenizer import load_tokenizer
 
         compute = compute or Compute()
-        model = store.load_model(path, compute=compute, dtype=compute.jax_dtype, item=item)
+        model = store.load_model(path, compute=compute, dtype=compute.jax_dtype, item=item, weights=weights)
         tokenizer = load_tokenizer(store.config_folder(path), model.cfg)
         return cls(model, store.load_autoencoder(path), tokenizer, config, Transforms.of_folder(path))
 
