@@ -1,8 +1,9 @@
 """Attention chunk by chunk with a running softmax: memory of L x chunk, on any backend, in plain JAX.
 
 Scores exist for one chunk of queries and one of keys at a time; the mask is evaluated where it is needed, and
-a pair of chunks in which nobody sees anybody is not computed. The backward pass recomputes scores from the
-saved log-sum-exp.
+a pair of chunks in which nobody sees anybody is not computed. So that there are many such pairs, each sample's
+tokens are put together first (``storage_order``). The backward pass recomputes scores from the saved
+log-sum-exp.
 
 Source: online softmax and its backward pass as in FlashAttention (arXiv 2205.14135, 2307.08691).
 """
@@ -18,8 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from unichar_jax.models.kernels.intervals import storage_order
+from unichar_jax.models.kernels.layout import move
 from unichar_jax.models.kernels.reference import in_blocks
-from unichar_jax.models.kernels.sharded import per_device
+from unichar_jax.models.kernels.sharded import per_device, platform
 from unichar_jax.models.streams import TokenMeta, visible
 
 _MASKED = -1e30
@@ -29,10 +32,13 @@ T = TypeVar("T")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Chunks:
-    """Metadata ``[B, n, chunk]`` of the padded tokens, and ``live [B, n, n]``: does chunk i see chunk j?"""
+    """Metadata ``[B, n, chunk]`` of the tokens in their new order, padded, and ``live [B, n, n]``: does chunk i see
+    chunk j? ``source``, ``place`` ``[B, L]``: the token at each place, and the place of each token."""
 
     meta: TokenMeta
     live: jax.Array
+    source: jax.Array
+    place: jax.Array
 
     def fold(self, axis: int, at: jax.Array, step: Callable[[jax.Array, T], T], carry: T) -> T:
         """``step(other, carry)`` for every chunk that ``at`` sees (axis 2) or is seen by (axis 1).
@@ -55,10 +61,15 @@ class Chunks:
 
 
 class Chunked:
-    """``chunk``: tokens of a chunk at most."""
+    """``chunk``: tokens of a chunk at most; 0: as many as suit the platform."""
 
-    def __init__(self, chunk: int = 512):
-        self.chunk = chunk
+    def __init__(self, chunk: int = 0):
+        self._chunk = chunk
+
+    @property
+    def chunk(self) -> int:
+        # What a CPU computes on stays in its cache.
+        return self._chunk or (128 if platform() == "cpu" else 512)
 
     def why_not(self, platform: str) -> str | None:
         return None
@@ -69,7 +80,8 @@ class Chunked:
         return per_device(self._prepare, q)
 
     def _prepare(self, meta: TokenMeta) -> Chunks:
-        meta = jax.tree.map(self._split, meta)
+        source = storage_order(meta)
+        meta = jax.tree.map(lambda x: self._split(jnp.take_along_axis(x, source, axis=1)), meta)
 
         def sees(i: jax.Array) -> jax.Array:
             queries = jax.tree.map(lambda x: x[:, i], meta)
@@ -77,7 +89,7 @@ class Chunked:
             return jax.lax.map(one, jax.tree.map(lambda x: x.swapaxes(0, 1), meta))
 
         live = jax.lax.map(sees, jnp.arange(meta.shape[1]))
-        return Chunks(meta, jnp.moveaxis(live, 2, 0))
+        return Chunks(meta, jnp.moveaxis(live, 2, 0), source, jnp.argsort(source, axis=1))
 
     def _split(self, x: jax.Array) -> jax.Array:
         return in_blocks(x, min(self.chunk, x.shape[1]))
@@ -88,9 +100,10 @@ class Chunked:
     def _attend(self, data: Chunks, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         b, length, heads, d = q.shape
         groups = k.shape[2]
+        q, k, v = (move(x, data.source, data.place) for x in (q, k, v))
         q = self._split(q.reshape(b, length, groups, heads // groups, d))
         out = _attention(data, q, self._split(k), self._split(v))
-        return out.reshape(b, -1, heads, d)[:, :length]
+        return move(out.reshape(b, -1, heads, d)[:, :length], data.place, data.source)
 
 
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
