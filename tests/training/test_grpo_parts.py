@@ -138,7 +138,7 @@ def test_held_out_prompts_do_not_depend_on_the_order_of_the_file():
 
 
 def test_references_are_composited_on_white(tmp_path: Path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("no picture")
     references = read_references(tmp_path)
     assert len(references.pictures) == 1
