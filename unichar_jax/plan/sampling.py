@@ -244,7 +244,7 @@ def plan_talking(job: Talking, model: ModelConfig, compute: Compute, topology: T
 
 
 def _decode(at: _Abstract, cache: Any, batch: int) -> Compiled:
-    layers = at.of(text.text_layers)
+    layers = None  # where they are: what needs least memory (``text.text_layers``)
     state = at.of(lambda m, c: text.start(m, c), cache)
     choice = at.on(jax.eval_shape(lambda: text.Choice.of([text.TextSettings()] * batch)))
     return compile_program(
