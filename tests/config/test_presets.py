@@ -84,7 +84,7 @@ def test_model_sizes_survive_their_files(name, tmp_path):
     for file, content in cfg.to_bagel().items():
         (tmp_path / file).write_text(json.dumps(content))
     assert ModelConfig.from_bagel(tmp_path) == cfg
-    assert ModelConfig.from_dict(cfg.to_dict()) == cfg
+    assert presets.from_dict(ModelConfig, cfg.to_dict()) == cfg
 
 
 def test_a_bagel_download_needs_no_extra_file(tmp_path):

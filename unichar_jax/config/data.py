@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from unichar_jax.config.ranges import at_least, check
 from unichar_jax.errors import UserError
 
 
@@ -65,16 +66,11 @@ class DataConfig:
     cache_dir: str = "~/.cache/unichar_jax"
 
     def __post_init__(self) -> None:
-        for name in ("rows_per_device", "tokens_per_row", "window"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}: expected at least 1, got {getattr(self, name)}.")
-        for name in ("workers", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.{name}: expected at least 0, got {getattr(self, name)}.")
+        one, none = at_least(1), at_least(0)
+        check(self, "data.", rows_per_device=one, tokens_per_row=one, window=one, workers=none, seed=none)
+        check(self, "data.", text_dropout=("a probability", lambda p: 0 <= p <= 1))
         if self.long_samples not in ("raise", "cut", "drop"):
             raise UserError(f'data.long_samples: expected raise, cut or drop, got "{self.long_samples}".')
-        if not 0 <= self.text_dropout <= 1:
-            raise UserError(f"data.text_dropout: expected a probability, got {self.text_dropout}.")
         if self.capacities is not None and (len(self.capacities) != 3 or min(self.capacities) < 0):
             raise UserError(
                 f"data.capacities: expected three numbers (text, vit, latent), got {self.capacities};"

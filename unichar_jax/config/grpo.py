@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from unichar_jax.config.compute import Compute, MeshConfig
-from unichar_jax.config.train import LoraConfig, OptimizerConfig, RunOptions, SaveConfig, require
+from unichar_jax.config.ranges import POSITIVE, at_least, check, require, require_multiple
+from unichar_jax.config.train import LoraConfig, OptimizerConfig, RunOptions, SaveConfig
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,9 @@ class RolloutConfig:
     batch: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "window_size"):
-            require(
-                getattr(self, name) > 0,
-                f"rollout.{name}: expected a positive number, got {getattr(self, name)}.",
-            )
-        for name in ("guidance_interval", "window_range"):
-            require(
-                len(getattr(self, name)) == 2,
-                f"rollout.{name}: expected two bounds, got {getattr(self, name)}.",
-            )
+        bounds = "two bounds", lambda pair: len(pair) == 2
+        check(self, "rollout.", height=POSITIVE, width=POSITIVE, window_size=POSITIVE, batch=at_least(0))
+        check(self, "rollout.", guidance_interval=bounds, window_range=bounds)
         a, b = self.window_range
         outside = [s for s in self.window_starts if not a <= s <= b - self.window_size]
         require(
@@ -69,7 +63,6 @@ class RolloutConfig:
             f"rollout.window_starts: {outside} leave the window outside of window_range {self.window_range}"
             f" with window_size {self.window_size}; change one of the three.",
         )
-        require(self.batch >= 0, f"rollout.batch: expected at least 0, got {self.batch}.")
 
 
 @dataclass(frozen=True)
@@ -89,12 +82,7 @@ class FlowGRPOConfig:
     ratio_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("clip_low", "clip_high"):
-            require(
-                getattr(self, name) > 0,
-                f"flow_grpo.{name}: expected a positive number, got {getattr(self, name)}.",
-            )
-        require(self.kl >= 0, f"flow_grpo.kl: expected at least 0, got {self.kl}.")
+        check(self, "flow_grpo.", clip_low=POSITIVE, clip_high=POSITIVE, kl=at_least(0))
 
 
 @dataclass(frozen=True)
@@ -120,10 +108,8 @@ class NFTConfig:
     old_max: float = 0.5
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, f"nft.beta: expected a positive number, got {self.beta}.")
-        require(self.kl >= 0, f"nft.kl: expected at least 0, got {self.kl}.")
-        require(self.times >= 1, f"nft.times: expected at least 1, got {self.times}.")
-        require(0 <= self.old_max < 1, f"nft.old_max: expected a decay in [0, 1), got {self.old_max}.")
+        decay = "a decay in [0, 1)", lambda d: 0 <= d < 1
+        check(self, "nft.", beta=POSITIVE, kl=at_least(0), times=at_least(1), old_max=decay)
 
 
 @dataclass(frozen=True)
@@ -156,8 +142,7 @@ class EvalConfig:
     num_timesteps: int = 50
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"eval.every: expected at least 0, got {self.every}.")
-        require(self.pictures > 0, f"eval.pictures: expected a positive number, got {self.pictures}.")
+        check(self, "eval.", every=at_least(0), pictures=POSITIVE)
 
 
 def _own_reward() -> tuple[RewardTerm, ...]:
@@ -234,32 +219,18 @@ class GRPOConfig:
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "prompts_per_round", "updates"):
-            require(
-                getattr(self, name) > 0,
-                f"{name}: expected a positive number, got {getattr(self, name)}.",
-            )
-        require(
-            self.group >= 2,
-            f"group: expected at least 2 pictures to compare, got {self.group}.",
+        check(self, "", rounds=POSITIVE, prompts_per_round=POSITIVE, updates=POSITIVE)
+        check(self, "", group=at_least(2, " pictures to compare"), held_out=at_least(0, " prompts"))
+        prompts, updates, why = (
+            self.prompts_per_round,
+            self.updates,
+            ": every update learns from whole groups",
         )
-        require(self.held_out >= 0, f"held_out: expected at least 0 prompts, got {self.held_out}.")
-        require(
-            self.prompts_per_round % self.updates == 0,
-            f"prompts_per_round {self.prompts_per_round} is not a multiple of updates {self.updates}: every"
-            " update learns from whole groups; change one of the two.",
-        )
-        lanes = len(self.rollout.window_starts) or 1
-        require(
-            self.group % lanes == 0,
-            f"group {self.group} is not a multiple of the {lanes} rollout.window_starts: every start"
-            " serves as many members; change one of the two.",
-        )
-        require(
-            self.group % (len(self.nft.scales) or 1) == 0,
-            f"group {self.group} is not a multiple of the {len(self.nft.scales)} nft.scales: every scale serves"
-            " as many members; change one of the two.",
-        )
+        require_multiple("prompts_per_round", prompts, f"updates {updates}", updates, why)
+        lanes, scales = len(self.rollout.window_starts) or 1, len(self.nft.scales) or 1
+        for name, factor, one in (("rollout.window_starts", lanes, "start"), ("nft.scales", scales, "scale")):
+            why = f": every {one} serves as many members"
+            require_multiple("group", self.group, f"the {factor} {name}", factor, why)
         lane = self.group // lanes
         prompts = self.prompts_per_batch
         require(
@@ -274,11 +245,7 @@ class GRPOConfig:
             self.micro_batch == 0 or share % self.micro_batch == 0,
             f"micro_batch {self.micro_batch}: expected a divisor of the {share} pictures of an update, or 0.",
         )
-        require(
-            (self.trainable == "lora") == (self.lora.rank > 0),
-            f"trainable is '{self.trainable}' and lora.rank is {self.lora.rank}: adapters need"
-            " trainable = 'lora' together with a positive lora.rank.",
-        )
+        self.lora.require_rank(self.trainable)
         require(
             self.lora.experts == ("gen",) or self.trainable != "lora",
             f"lora.experts {self.lora.experts}: only the generation expert learns here, so that prompts are"

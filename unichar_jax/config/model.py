@@ -12,21 +12,19 @@ Sources: BAGEL (arXiv 2505.14683) and UniCharacter (arXiv 2605.08129).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unichar_jax.config.ranges import require, require_multiple
 from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.records import Findings, Record, read_settings, shown
 
 LLM_FILE, VIT_FILE, EXTRA_FILE = "llm_config.json", "vit_config.json", "extra_config.json"
+Reader = Callable[[Record, str], Any]
+Names = dict[str, tuple[str, Reader]]
 _ABSENT = f"copy {LLM_FILE} and {VIT_FILE} of the download beside the weights"
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -44,22 +42,15 @@ class DecoderConfig:
     qk_norm: bool = True
 
     def __post_init__(self) -> None:
-        _require(
-            self.hidden_size % self.num_heads == 0,
-            f"decoder: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads};"
-            " change one of the two.",
-        )
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"decoder: num_heads {self.num_heads} is not a multiple of num_kv_heads"
-            f" {self.num_kv_heads}; change one of the two.",
-        )
-        _require(
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        require_multiple("decoder: hidden_size", self.hidden_size, f"num_heads {heads}", heads)
+        require_multiple("decoder: num_heads", heads, f"num_kv_heads {kv_heads}", kv_heads)
+        require(
             self.head_dim % 2 == 0,
             f"decoder: head dimension {self.head_dim} (hidden_size / num_heads) must be even for rotary"
             " embeddings.",
         )
-        _require(
+        require(
             self.hidden_size % 4 == 0,
             f"decoder: hidden_size {self.hidden_size} must be a multiple of 4 for the 2-D position tables.",
         )
@@ -83,11 +74,8 @@ class VisionConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require(
-            self.hidden_size % self.num_heads == 0,
-            f"vision: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads};"
-            " change one of the two.",
-        )
+        heads = self.num_heads
+        require_multiple("vision: hidden_size", self.hidden_size, f"num_heads {heads}", heads)
 
     @property
     def patch_dim(self) -> int:
@@ -109,7 +97,7 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         for m in self.multipliers:
-            _require(
+            require(
                 self.channels * m % self.norm_groups == 0,
                 f"autoencoder: {self.channels} channels x multiplier {m} is not a multiple of norm_groups"
                 f" {self.norm_groups}; change channels or norm_groups.",
@@ -170,123 +158,57 @@ class ModelConfig:
         vit = read_settings(found, folder / VIT_FILE, _ABSENT)
         extra = read_settings(found, folder / EXTRA_FILE)
         _refuse_other_mathematics(llm, vit, (extra, read_settings(found, folder / "config.json")))
-        decoder = dict(
-            hidden_size=llm.whole("hidden_size"),
-            mlp_size=llm.whole("intermediate_size"),
-            num_layers=llm.whole("num_hidden_layers"),
-            num_heads=llm.whole("num_attention_heads"),
-            num_kv_heads=llm.whole("num_key_value_heads"),
-            vocab_size=llm.whole("vocab_size"),
-            rope_theta=_rope_theta(llm),
-            norm_eps=llm.number("rms_norm_eps", 1e-6, 0, 1),
-            qk_norm=llm.flag("qk_norm", True),
-        )
-        vision = dict(
-            hidden_size=vit.whole("hidden_size"),
-            mlp_size=vit.whole("intermediate_size"),
-            # BAGEL selects the tower's last-but-one layer, so the last one of the file is never built.
-            num_layers=vit.whole("num_hidden_layers", low=2) - 1,
-            num_heads=vit.whole("num_attention_heads"),
-            patch_size=vit.whole("patch_size"),
-            num_channels=vit.whole("num_channels", 3),
-            max_patches_per_side=extra.whole("vit_max_num_patch_per_side", 70),
-            norm_eps=vit.number("layer_norm_eps", 1e-6, 0, 1),
-        )
+        decoder, vision = _read(llm, _LLM), _read(vit, _VIT)
+        # BAGEL selects the tower's last-but-one layer, so the last one of the file is never built.
+        vision["num_layers"] = vit.whole("num_hidden_layers", low=2) - 1
+        vision["max_patches_per_side"] = extra.whole("vit_max_num_patch_per_side", 70)
         if decoder["hidden_size"] % decoder["num_heads"] == 0:
             llm.choice("head_dim", decoder["hidden_size"] // decoder["num_heads"])
-        autoencoder = _autoencoder(extra.inner("vae"))
-        tokens = _special_tokens(extra.inner("special_tokens"))
-        sizes = dict(
-            latent_patch_size=extra.whole("latent_patch_size", 2),
-            max_latent_size=extra.whole("max_latent_size", 64),
-        )
+        vae, ids = extra.inner("vae"), extra.inner("special_tokens")
+        autoencoder = {} if vae is None else _read(vae, _VAE)
+        if vae is not None:
+            vae.choice("out_ch", autoencoder["in_channels"])
+            vae.choice("downsample", 2 ** (len(autoencoder["multipliers"]) - 1))
+        tokens = {} if ids is None else _read(ids, _TOKENS)
+        sizes = _read(extra, _EXTRA)
         found.refuse()
         try:
-            return cls(
-                DecoderConfig(**decoder),
-                VisionConfig(**vision),
-                AutoencoderConfig(**autoencoder),
-                tokens,
-                **sizes,
-            )
+            towers = DecoderConfig(**decoder), VisionConfig(**vision), AutoencoderConfig(**autoencoder)
+            return cls(*towers, SpecialTokens(**tokens), **sizes)
         except UserError as error:  # sizes that do not go together
             raise UserError(f"{folder}: {error}") from None
 
     def to_bagel(self) -> dict[str, dict[str, Any]]:
         """The three JSON files that ``from_bagel`` reads, as ``{file name: content}``."""
-        d, v, a, s = self.decoder, self.vision, self.autoencoder, self.special_tokens
+        v, a = self.vision, self.autoencoder
         llm = dict(
             architectures=["Qwen2ForCausalLM"],
             model_type="qwen2",
-            hidden_size=d.hidden_size,
-            intermediate_size=d.mlp_size,
-            num_hidden_layers=d.num_layers,
-            num_attention_heads=d.num_heads,
-            num_key_value_heads=d.num_kv_heads,
-            vocab_size=d.vocab_size,
-            rope_theta=d.rope_theta,
-            rms_norm_eps=d.norm_eps,
+            **_written(self.decoder, _LLM),
             hidden_act="silu",
             max_position_embeddings=32768,
             tie_word_embeddings=False,
-            qk_norm=d.qk_norm,
             layer_module="Qwen2MoTDecoderLayer",
         )
         vit = dict(
             model_type="siglip_vision_model",
-            hidden_size=v.hidden_size,
-            intermediate_size=v.mlp_size,
+            **_written(v, _VIT),
             num_hidden_layers=v.num_layers + 1,
-            num_attention_heads=v.num_heads,
-            patch_size=v.patch_size,
             image_size=v.patch_size * v.max_patches_per_side,
-            num_channels=v.num_channels,
-            layer_norm_eps=v.norm_eps,
             hidden_act="gelu_pytorch_tanh",
         )
-        vae = dict(
-            in_channels=a.in_channels,
-            out_ch=a.in_channels,
-            downsample=a.downsample,
-            ch=a.channels,
-            ch_mult=list(a.multipliers),
-            num_res_blocks=a.num_res_blocks,
-            z_channels=a.latent_channels,
-            scale_factor=a.scale,
-            shift_factor=a.shift,
-            norm_groups=a.norm_groups,
-        )
         extra = dict(
-            vae=vae,
-            latent_patch_size=self.latent_patch_size,
-            max_latent_size=self.max_latent_size,
+            vae=_written(a, _VAE) | dict(out_ch=a.in_channels, downsample=a.downsample),
+            **_written(self, _EXTRA),
             vit_max_num_patch_per_side=v.max_patches_per_side,
             connector_act="gelu_pytorch_tanh",
             interpolate_pos=False,
-            special_tokens=dict(
-                bos_token_id=s.bos,
-                eos_token_id=s.eos,
-                start_of_image=s.image_start,
-                end_of_image=s.image_end,
-            ),
+            special_tokens=_written(self.special_tokens, _TOKENS),
         )
         return {LLM_FILE: llm, VIT_FILE: vit, EXTRA_FILE: extra}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> ModelConfig:
-        a = dict(tree["autoencoder"])
-        a["multipliers"] = tuple(a["multipliers"])
-        return cls(
-            DecoderConfig(**tree["decoder"]),
-            VisionConfig(**tree["vision"]),
-            AutoencoderConfig(**a),
-            SpecialTokens(**tree["special_tokens"]),
-            tree["latent_patch_size"],
-            tree["max_latent_size"],
-        )
 
 
 def has_tied_head(folder: Path) -> bool:
@@ -294,30 +216,21 @@ def has_tied_head(folder: Path) -> bool:
     return read_settings(Findings(), folder / LLM_FILE).flag("tie_word_embeddings")
 
 
-def _autoencoder(vae: Record | None) -> dict[str, Any]:
-    if vae is None:
-        return {}
-    multipliers = vae.wholes("ch_mult", 1, 1024)
-    in_channels = vae.whole("in_channels")
-    vae.choice("out_ch", in_channels)
-    vae.choice("downsample", 2 ** (len(multipliers) - 1))
-    return dict(
-        in_channels=in_channels,
-        channels=vae.whole("ch"),
-        multipliers=multipliers,
-        num_res_blocks=vae.whole("num_res_blocks"),
-        latent_channels=vae.whole("z_channels"),
-        scale=vae.number("scale_factor", None, 1e-6, 1e6),
-        shift=vae.number("shift_factor", None, -1e6, 1e6),
-        norm_groups=vae.whole("norm_groups", 32),
-    )
+def _whole(**limits: int) -> Reader:
+    return lambda record, key: record.whole(key, **limits)
 
 
-def _special_tokens(ids: Record | None) -> SpecialTokens:
-    if ids is None:
-        return SpecialTokens()
-    names = ("bos_token_id", "eos_token_id", "start_of_image", "end_of_image")
-    return SpecialTokens(*(ids.whole(name, low=0) for name in names))
+def _number(default: float | None, low: float, high: float) -> Reader:
+    return lambda record, key: record.number(key, default, low, high)
+
+
+def _read(record: Record, names: Names) -> dict[str, Any]:
+    return {ours: read(record, theirs) for ours, (theirs, read) in names.items()}
+
+
+def _written(config: Any, names: Names) -> dict[str, Any]:
+    values = {theirs: getattr(config, ours) for ours, (theirs, _) in names.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _rope_theta(llm: Record) -> float:
@@ -334,6 +247,43 @@ def _rope_theta(llm: Record) -> float:
             "rope_theta", f"{theta}, as rope_parameters says", shown(llm.data["rope_theta"]), "correct one"
         )
     return theta
+
+
+# Our fields -> BAGEL's names of them, and how they are read.
+_LLM: Names = {
+    "hidden_size": ("hidden_size", Record.whole),
+    "mlp_size": ("intermediate_size", Record.whole),
+    "num_layers": ("num_hidden_layers", Record.whole),
+    "num_heads": ("num_attention_heads", Record.whole),
+    "num_kv_heads": ("num_key_value_heads", Record.whole),
+    "vocab_size": ("vocab_size", Record.whole),
+    "rope_theta": ("rope_theta", lambda llm, _: _rope_theta(llm)),
+    "norm_eps": ("rms_norm_eps", _number(1e-6, 0, 1)),
+    "qk_norm": ("qk_norm", lambda llm, key: llm.flag(key, True)),
+}
+_VIT: Names = {
+    **{name: _LLM[name] for name in ("hidden_size", "mlp_size", "num_heads")},
+    "patch_size": ("patch_size", Record.whole),
+    "num_channels": ("num_channels", _whole(default=3)),
+    "norm_eps": ("layer_norm_eps", _number(1e-6, 0, 1)),
+}
+_VAE: Names = {
+    "in_channels": ("in_channels", Record.whole),
+    "channels": ("ch", Record.whole),
+    "multipliers": ("ch_mult", lambda vae, key: vae.wholes(key, 1, 1024)),
+    "num_res_blocks": ("num_res_blocks", Record.whole),
+    "latent_channels": ("z_channels", Record.whole),
+    "scale": ("scale_factor", _number(None, 1e-6, 1e6)),
+    "shift": ("shift_factor", _number(None, -1e6, 1e6)),
+    "norm_groups": ("norm_groups", _whole(default=32)),
+}
+_TOKENS: Names = {
+    "bos": ("bos_token_id", _whole(low=0)),
+    "eos": ("eos_token_id", _whole(low=0)),
+    "image_start": ("start_of_image", _whole(low=0)),
+    "image_end": ("end_of_image", _whole(low=0)),
+}
+_EXTRA: Names = {n: (n, _whole(default=d)) for n, d in (("latent_patch_size", 2), ("max_latent_size", 64))}
 
 
 def _refuse_other_mathematics(llm: Record, vit: Record, others: Sequence[Record]) -> None:

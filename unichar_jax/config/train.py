@@ -7,17 +7,13 @@ and is enough to repeat it.
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
 from unichar_jax.config.compute import Compute, MeshConfig
 from unichar_jax.config.data import DataConfig
-from unichar_jax.errors import UserError
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+from unichar_jax.config.ranges import POSITIVE, at_least, check, require
 
 
 @dataclass(frozen=True)
@@ -53,19 +49,16 @@ class OptimizerConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.ema_decay < 1,
-            f"optimizer.ema_decay: expected 0 (off) or a decay below 1, got {self.ema_decay}.",
-        )
-        require(
-            self.learning_rate > 0,
-            f"optimizer.learning_rate: expected a positive number, got {self.learning_rate}.",
-        )
+        decay = "0 (off) or a decay below 1", lambda d: 0 <= d < 1
+        check(self, "optimizer.", ema_decay=decay, learning_rate=POSITIVE)
         require(
             (self.decay_steps > 0) == (self.schedule == "trapezoid"),
             f"optimizer.decay_steps: expected a positive number with schedule trapezoid and 0 with any other, got"
             f" {self.decay_steps} with {self.schedule}.",
         )
+
+
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 @dataclass(frozen=True)
@@ -82,15 +75,15 @@ class LoraConfig:
     rank: int = 0
     alpha: float = 16.0
     experts: tuple[Literal["und", "gen"], ...] = ("und", "gen")
-    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
-        "q",
-        "k",
-        "v",
-        "o",
-        "gate",
-        "up",
-        "down",
-    )
+    targets: tuple[Target, ...] = typing.get_args(Target)
+
+    def require_rank(self, trainable: str) -> None:
+        """Adapters have a rank, and nothing else has."""
+        require(
+            (trainable == "lora") == (self.rank > 0),
+            f"trainable is '{trainable}' and lora.rank is {self.rank}: adapters need trainable = 'lora' together"
+            " with a positive lora.rank.",
+        )
 
 
 @dataclass(frozen=True)
@@ -101,8 +94,8 @@ class SaveConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        require(self.every > 0, f"save.every: expected a positive number of steps, got {self.every}.")
-        require(self.keep > 0, f"save.keep: expected at least 1 checkpoint, got {self.keep}.")
+        every = "a positive number of steps", lambda n: n > 0
+        check(self, "save.", every=every, keep=at_least(1, " checkpoint"))
 
 
 @dataclass(frozen=True)
@@ -174,13 +167,6 @@ class SFTConfig:
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
-        require(self.steps > 0, f"steps: expected a positive number, got {self.steps}.")
-        require(self.accumulate > 0, f"accumulate: expected a positive number, got {self.accumulate}.")
-        for name in ("log_every", "sample_every", "validate_every"):
-            value, least = getattr(self, name), int(name == "log_every")
-            require(value >= least, f"{name}: expected at least {least}, got {value}.")
-        require(
-            (self.trainable == "lora") == (self.lora.rank > 0),
-            f"trainable is '{self.trainable}' and lora.rank is {self.lora.rank}: adapters need"
-            " trainable = 'lora' together with a positive lora.rank.",
-        )
+        check(self, "", steps=POSITIVE, accumulate=POSITIVE, log_every=at_least(1))
+        check(self, "", sample_every=at_least(0), validate_every=at_least(0))
+        self.lora.require_rank(self.trainable)
