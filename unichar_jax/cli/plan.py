@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from unichar_jax.config.model import ModelConfig
     from unichar_jax.plan.topology import Topology
 
-USAGE = "unichar plan CONFIG|draw|chat --topology v5e:8x8|v6e:4x4|h100:1x1x8|... [--json FILE] [--field value ...]"
+USAGE = "unichar plan CONFIG|draw|chat --topology v5e:8x8|h100:1x1x8|... [--json FILE] [--out DIR] [--field value ...]"
 
 
 @parses_itself
@@ -32,6 +33,7 @@ def plan(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="unichar plan", usage=USAGE, add_help=False, allow_abbrev=False)
     parser.add_argument("--topology")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of records, one JSON file for each kind of device")
     own, rest = parser.parse_known_args(args)
     if not rest or (own.topology is None and "--help" not in rest):
         raise UserError(f"what, and for which hardware? usage: {USAGE}")
@@ -40,6 +42,11 @@ def plan(args: list[str]) -> int:
     from unichar_jax.plan.topology import Topology
 
     result, text = planned(rest, lambda: Topology.parse(own.topology))
+    if own.out:
+        from unichar_jax.plan import bench
+
+        command = shlex.join(["unichar", "plan", rest[0], "--topology", own.topology, *rest[1:]])
+        say(f"recorded in {bench.keep(bench.compiled(result), command, own.out)}")
     if own.json:
         own.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     print(text)

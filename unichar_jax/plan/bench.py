@@ -29,6 +29,7 @@ from unichar_jax.models.streams import Batch, LatentStream, TextStream, TokenMet
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.parallel.chips import device_name, peak_flops
 from unichar_jax.plan.sft import NUM_TASKS, Plan, assumed_capacities
+from unichar_jax.plan.workload import Workload
 from unichar_jax.training import state as state_lib
 from unichar_jax.training.metrics import USEFUL
 from unichar_jax.training.optimizer import make_optimizer
@@ -157,11 +158,10 @@ def measure(
     }
 
 
-def compiled(plan: Plan) -> Record:
-    """What a plan tells about the step, without hardware."""
-    tree = plan.to_dict()
-    del tree["changes"], tree["seconds"]
-    return {"mark": "compiled"} | tree
+def compiled(plan: Plan | Workload) -> Record:
+    """What a plan tells, without hardware."""
+    left_out = ("changes", "seconds")
+    return {"mark": "compiled"} | {k: v for k, v in plan.to_dict().items() if k not in left_out}
 
 
 def report(record: Record) -> str:

@@ -8,7 +8,7 @@ them: the engine has no mesh yet.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from unichar_jax.config.compute import Compute, MeshConfig
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
-from unichar_jax.models import flops, kernels, params
+from unichar_jax.models import flops, int8, kernels, params
 from unichar_jax.models.autoencoder import Autoencoder, decoding_in
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
@@ -41,6 +41,7 @@ class Drawing:
       steps: times of the schedule.
       scale: of text guidance; at most 1: none.
       prompt: tokens of the prompt, padded.
+      weights: int8: the decoder's weights in eight bits.
     """
 
     base: str = "bagel-7b"
@@ -49,6 +50,7 @@ class Drawing:
     steps: int = 50
     scale: float = 4.0
     prompt: int = 128
+    weights: Literal["int8"] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Talking:
       reply: tokens of the reply.
       batch: conversations that are answered together.
       picture: patches of a picture that is looked at; 0: none.
+      weights: int8: the decoder's weights in eight bits.
     """
 
     base: str = "bagel-7b"
@@ -68,14 +71,20 @@ class Talking:
     reply: int = 256
     batch: int = 1
     picture: int = 4900
+    weights: Literal["int8"] | None = None
 
 
 class _Abstract:
     """The model's shapes on one described device, and the bytes of its parts."""
 
-    def __init__(self, model: ModelConfig, compute: Compute, mesh: Mesh):
+    def __init__(self, model: ModelConfig, compute: Compute, weights: str | None, mesh: Mesh):
         self.mesh, self.cfg = mesh, model
-        self.model = params.abstract(UnifiedModel(model, compute), mesh, compute.jax_dtype)
+        declared = UnifiedModel(model, compute)
+        if weights == "int8":
+            whole = params.abstract(int8.declare(declared), mesh)
+            self.model = params.map_named(lambda n, x: x if _is_packed(n, x) else _in(x, compute), whole)
+        else:
+            self.model = params.abstract(declared, mesh, compute.jax_dtype)
         # The engine keeps the inner convolutions of its decoder in the compute dtype.
         float32 = params.abstract(Autoencoder(model.autoencoder), mesh)
         lower = jax.eval_shape(lambda a: decoding_in(a, compute.dtype), float32)
@@ -103,6 +112,17 @@ class _Abstract:
         parts = [".und."] * und + [".gen."] * gen
         layers = [x for n, x in named.items() if n.startswith("decoder.") and any(p in n for p in parts)]
         return bytes_of([*layers, *([named["lm_head.kernel"]] if head else [])])
+
+
+def _is_packed(name: str, x: Any) -> bool:
+    """Whether an array of an int8 model is a kernel of eight bits, or its scale, which stays float32."""
+    return x.dtype == jnp.int8 or (
+        name.startswith("decoder.layers.") and name.endswith(".scale") and "norm" not in name
+    )
+
+
+def _in(x: Any, compute: Compute) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, compute.jax_dtype, sharding=x.sharding)
 
 
 def _single(topology: Topology) -> Mesh:
@@ -133,7 +153,7 @@ def plan_drawing(job: Drawing, model: ModelConfig, compute: Compute, topology: T
     grid = (job.size // step,) * 2
     tokens = grid[0] * grid[1]
     with jax.set_mesh(mesh):
-        at = _Abstract(model, compute, mesh)
+        at = _Abstract(model, compute, job.weights, mesh)
         cache, noise = (
             at.cache(job.batch, job.prompt),
             at.of(lambda m: jnp.zeros((job.batch, tokens, model.latent_dim))),
@@ -183,7 +203,7 @@ def plan_drawing(job: Drawing, model: ModelConfig, compute: Compute, topology: T
         tasks.append(Task(decode, 1, _all(decode.executed), bytes_of(at.autoencoder)))
         kernel = kernels.resolve(compute.attention)
     return Workload(
-        f"{job.batch} x {job.size} px, {job.steps - 1} steps",
+        f"{job.batch} x {job.size} px, {job.steps - 1} steps{_with(job.weights)}",
         topology,
         dict(mesh.shape),
         kernel,
@@ -200,7 +220,7 @@ def plan_talking(job: Talking, model: ModelConfig, compute: Compute, topology: T
     delimited = job.picture + 2 if job.picture else 0
     capacity = kv.bucket(job.context + delimited + job.reply)
     with jax.set_mesh(mesh):
-        at = _Abstract(model, compute, mesh)
+        at = _Abstract(model, compute, job.weights, mesh)
         cache = at.cache(batch, capacity)
         read = compile_program(
             "read", kv.prefill_text, at.model, cache, at.ints(batch, job.context), at.ints(batch)
@@ -232,7 +252,8 @@ def plan_talking(job: Talking, model: ModelConfig, compute: Compute, topology: T
     rate = chunk * batch / tasks[-1].floor(chip, 1)
     return Workload(
         f"{batch} x a reply of {job.reply} tokens after {job.context} tokens"
-        + (f" and a picture of {job.picture} patches" if job.picture else ""),
+        + (f" and a picture of {job.picture} patches" if job.picture else "")
+        + _with(job.weights),
         topology,
         dict(mesh.shape),
         kernel,
@@ -241,6 +262,10 @@ def plan_talking(job: Talking, model: ModelConfig, compute: Compute, topology: T
         ("--weights int8 (half the memory of the model)", "a shorter --context, a smaller --batch"),
         (f"at the memory's bandwidth at most {rate:,.0f} tokens/s",),
     )
+
+
+def _with(weights: str | None) -> str:
+    return f", weights in {weights}" if weights else ""
 
 
 def _decode(at: _Abstract, cache: Any, batch: int) -> Compiled:
