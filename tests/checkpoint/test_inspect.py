@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from unichar_jax.checkpoint import convert, inspect, store, table
+from unichar_jax.checkpoint import arrays, convert, inspect, store, table
 from unichar_jax.cli.main import main
 
 from .conftest import tensors_of, write_tensors
@@ -75,7 +75,7 @@ def test_diff_names_what_only_one_side_has(bagel: Path, orbax: Path) -> None:
 
 
 def test_compare_works_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "_BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr(arrays, "_BLOCK_ELEMENTS", 12)
     x = np.random.default_rng(0).standard_normal((10, 5), np.float32)
     y = x.copy()
     y[3, 1] -= 0.25

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 _TILE = 512  # side of the tiles in which a matrix is copied: two of them stay in cache
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,26 @@ def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
     return (flat[i : i + _BLOCK_ELEMENTS] for i in range(0, flat.size, _BLOCK_ELEMENTS))
 
 
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first dimension that hold about 16 million numbers each."""
+    rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    return (slice(at, at + rows) for at in range(0, shape[0], rows))
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], limit: float) -> Iterator[list[T]]:
+    """Items in groups that end before one that would pass the limit; a larger one is a group of its own."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    if group:
+        yield group
+
+
 def not_finite(x: np.ndarray) -> int:
     """How many values of a float array are infinite or no number."""
     top = bits(np.array(np.inf, x.dtype))  # the exponent's bits
@@ -79,9 +102,8 @@ def is_rounding(x: np.ndarray, y: np.ndarray) -> bool:
     kind = ml_dtypes.finfo(y.dtype)
     half, least = float(kind.eps) / 2, float(kind.smallest_subnormal) / 2
     x, y = np.atleast_1d(x, y)
-    rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(x.shape[1:])))
-    for row in range(0, len(x), rows):
-        p, q = (side[row : row + rows].astype(np.float64) for side in (x, y))
+    for rows in row_blocks(x.shape):
+        p, q = x[rows].astype(np.float64), y[rows].astype(np.float64)
         if not (np.abs(p - q) <= np.maximum(half * np.abs(p), least)).all():
             return False
     return True

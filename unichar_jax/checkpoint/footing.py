@@ -23,6 +23,7 @@ from unichar_jax.checkpoint.weights import Weights
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models import lora
+from unichar_jax.parallel.mesh import host
 
 KEY = "unichar_base"  # in the metadata of the adapters' file
 _VALUES = 64  # of each kernel
@@ -92,16 +93,8 @@ def of_arrays(arrays: Mapping[str, jax.Array], cfg: ModelConfig) -> Footing:
         rows = [x[np.array(_layers(cfg))][(slice(None), *_indices(x.shape[1:]))] for x in kernels]
         return [r.astype(np.float32) for r in rows]
 
-    values = [_whole(x) for x in jax.jit(take)(kernels)]
+    values = [host(x) for x in jax.jit(take)(kernels)]
     return Footing(np.concatenate(values), np.dtype(kernels[0].dtype))
-
-
-def _whole(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def require(wanted: Footing, found: Footing, what: str) -> None:

@@ -17,12 +17,10 @@ import numpy as np
 
 from unichar_jax.checkpoint import store, table
 from unichar_jax.checkpoint import weights as weights_lib
-from unichar_jax.checkpoint.arrays import bits
+from unichar_jax.checkpoint.arrays import bits, row_blocks
 from unichar_jax.checkpoint.weights import AE_FILE, AUTOENCODER, MODEL, ArrayInfo, Weights
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
-
-_BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,9 @@ def _diff_part(left: Weights, right: Weights, a: str, b: str) -> Iterator[Differ
 def compare(name: str, x: np.ndarray, y: np.ndarray) -> Difference | None:
     """The difference of two arrays of one shape, block by block; None if there is none."""
     largest, square, norm, same = 0.0, 0.0, 0.0, True
-    for block in _blocks(x.shape):
-        p, q = x[block], y[block]
+    x, y = np.atleast_1d(x, y)
+    for rows in row_blocks(x.shape):
+        p, q = x[rows], y[rows]
         if x.dtype == y.dtype and np.array_equal(bits(p), bits(q)):
             norm += float(np.square(p, dtype=np.float32).sum(dtype=np.float64))
             continue
@@ -153,12 +152,3 @@ def compare(name: str, x: np.ndarray, y: np.ndarray) -> Difference | None:
     if same:
         return None
     return Difference(name, "", largest, math.sqrt(square / norm) if norm else math.inf)
-
-
-def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    if not shape:
-        yield ()
-        return
-    rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
-    for i in range(0, shape[0], rows):
-        yield (slice(i, i + rows),)

@@ -135,7 +135,7 @@ def open_step(step: str | Path, item: str | None = None) -> OrbaxWeights:
     step = Path(step).absolute()
     found = weights_lib.orbax_item(step, MODEL, item)
     weights = None if found is None else OrbaxWeights(found)
-    if weights is None or not any(map(_is_adapter, weights.infos)):
+    if weights is None or not any(map(lora.is_adapter, weights.infos)):
         raise UserError(
             f"{step}: holds no adapters. Only a run with trainable = 'lora' has some; to make them from a full"
             " fine-tune: unichar convert --lora RANK FINETUNE BASE DST"
@@ -146,7 +146,7 @@ def open_step(step: str | Path, item: str | None = None) -> OrbaxWeights:
 def adapters_of(step: str | Path, item: str | None = None) -> dict[str, np.ndarray]:
     """Adapters of a training step by on-disk name; the rest of the step is not read. Errors as ``open_step``."""
     weights = open_step(step, item)
-    return dict(weights.read([n for n in weights.infos if _is_adapter(n)]))
+    return dict(weights.read([n for n in weights.infos if lora.is_adapter(n)]))
 
 
 def export(
@@ -189,7 +189,7 @@ def save_trained(
     """
     cfg = store.load_config(run)
     footing = footing_lib.of_arrays(around, cfg)
-    whole = {n: _gathered(x) for n, x in arrays.items() if _is_adapter(n)}
+    whole = {n: mesh_lib.host(x) for n, x in arrays.items() if lora.is_adapter(n)}
     folder = Path(run) / FOLDER
     if jax.process_index() == 0:
         spelled = {
@@ -199,14 +199,6 @@ def save_trained(
             (folder / name).unlink(missing_ok=True)  # anything else stays, and then ``save`` says so
         save(folder, spelled, cfg, base=base, footing=footing)
     return folder
-
-
-def _gathered(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def base_name(base: str) -> str:
@@ -249,7 +241,7 @@ class LoraFile:
     @property
     def whole(self) -> list[str]:
         """Names of the arrays that are kept whole."""
-        return [n for n in self.shapes if not _is_adapter(n)]
+        return [n for n in self.shapes if not lora.is_adapter(n)]
 
     def read(self, name: str) -> np.ndarray:
         """One array as stored; B of a pair with another factor than 1 is float32."""
@@ -370,11 +362,10 @@ def _open_whole(
         else:
             tensors[entry.ours], shapes[entry.ours] = (file, name, entry, 1.0), entry.shape
     for name, spec in params.named_leaves(UnifiedModel(cfg)):
-        if spec.dims and spec.dims[0] == params.LAYERS:
-            layers = params.unstacked_names(name, spec.shape[0])
-            absent = [n for n in layers if n not in shapes]
-            if len(absent) < len(layers):
-                problems += [f"{file.path.name}: {n}: is missing beside its other layers" for n in absent]
+        layers = params.stored_names(name, spec)
+        absent = [n for n in layers if n not in shapes]
+        if len(absent) < len(layers):
+            problems += [f"{file.path.name}: {n}: is missing beside its other layers" for n in absent]
     return problems
 
 
@@ -400,11 +391,10 @@ def load(
     declared = lora.declare(UnifiedModel(source.cfg), source.places)
     out: dict[str, jax.Array] = {}
     for name, spec in params.named_leaves(declared):
-        stacked = bool(spec.dims) and spec.dims[0] == params.LAYERS
-        names = params.unstacked_names(name, spec.shape[0]) if stacked else [name]
+        names = params.stored_names(name, spec)
         if any(n in source.shapes for n in names):
-            array = _stacked(source, names, spec.shape if stacked else (1, *spec.shape), dtype)
-            out[name] = _put(array if stacked else array[0], spec, mesh)
+            layers = _stacked(source, names, (len(names), *params.one_layer(spec).shape), dtype)
+            out[name] = _put(layers.reshape(spec.shape), spec, mesh)
     return out
 
 
@@ -439,7 +429,7 @@ class WithAdapters:
     def __init__(self, base: Weights, source: LoraFile | None = None):
         self._base, self._source = base, source
         self._own = set(base.infos) if source is None else set(source.shapes)
-        self.infos = {n: i for n, i in base.infos.items() if not _is_adapter(n)}
+        self.infos = {n: i for n, i in base.infos.items() if not lora.is_adapter(n)}
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         for name, array in self._base.read(names):
@@ -463,8 +453,4 @@ class WithAdapters:
 
 def merged(weights: Weights) -> Weights:
     """Weights whose own adapters, if there are any, are merged as they are read."""
-    return WithAdapters(weights) if any(map(_is_adapter, weights.infos)) else weights
-
-
-def _is_adapter(name: str) -> bool:
-    return name.endswith((f".{lora.A}", f".{lora.B}"))
+    return WithAdapters(weights) if any(map(lora.is_adapter, weights.infos)) else weights

@@ -27,7 +27,7 @@ from unichar_jax.checkpoint import convert, peft_names, runs, store, writing
 from unichar_jax.checkpoint import footing as footing_lib
 from unichar_jax.checkpoint import lora as lora_file
 from unichar_jax.checkpoint import weights as weights_lib
-from unichar_jax.checkpoint.arrays import bits
+from unichar_jax.checkpoint.arrays import bits, row_blocks
 from unichar_jax.checkpoint.weights import MODEL, ArrayInfo, Weights
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
@@ -38,7 +38,6 @@ Keep = Literal["none", "vectors", "all"]
 
 _EXACT = 1024  # smaller side up to which the exact decomposition is quick
 _OVERSAMPLE, _POWER = 16, 2
-_BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -193,19 +192,19 @@ def _approximate(
     """The row of one array and, if ``rank`` is not 0, its factors; None for an array that is the same."""
     if x.dtype == y.dtype and np.array_equal(bits(x), bits(y)):
         return None, None
-    change = _norm(y[i].astype(np.float32) - x[i].astype(np.float32) for i in _blocks(x.shape))
+    change = _norm(y[i].astype(np.float32) - x[i].astype(np.float32) for i in row_blocks(x.shape))
     if not math.isfinite(change):
         raise UserError(f"{name}: the two checkpoints differ by a value that is not finite; one is damaged.")
     if change == 0:
         return None, None
-    norm = _norm(x[i].astype(np.float32) for i in _blocks(x.shape))
+    norm = _norm(x[i].astype(np.float32) for i in row_blocks(x.shape))
     if not rank:
         return Row(name, "left out", change, norm, change), None
     d = y.astype(np.float32)
     d -= x
     a, b = (f.astype(dtype) for f in truncated_svd(d, rank))
     p, q = a.astype(np.float32), b.astype(np.float32)  # as they will be read
-    lost = _norm(d[i] - p[i] @ q for i in _blocks(d.shape))
+    lost = _norm(d[i] - p[i] @ q for i in row_blocks(d.shape))
     return Row(name, "low-rank", change, norm, lost), (a, b)
 
 
@@ -213,19 +212,12 @@ def _norm(blocks: Iterator[np.ndarray]) -> float:
     return math.sqrt(sum(float(np.square(b).sum(dtype=np.float64)) for b in blocks))
 
 
-def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of the first dimension that hold about 16 million numbers each."""
-    rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
-    return (slice(at, at + rows) for at in range(0, shape[0], rows))
-
-
 def _to_keep(cfg: ModelConfig, weights: Weights, changed: set[str], keep: Keep) -> dict[str, ArrayInfo]:
     """What is kept whole, in the order of the model: all layers of an array if one of them changed."""
     out: dict[str, ArrayInfo] = {}
     for name, spec in params.named_leaves(UnifiedModel(cfg)):
-        stacked = spec.dims[0] == params.LAYERS
-        names = params.unstacked_names(name, spec.shape[0]) if stacked else [name]
-        wanted = keep == "all" or (keep == "vectors" and len(spec.shape) == 1 + stacked)
+        names = params.stored_names(name, spec)
+        wanted = keep == "all" or (keep == "vectors" and len(params.one_layer(spec).shape) == 1)
         if wanted and not changed.isdisjoint(names):
             out |= {n: weights.infos[n] for n in names}
     return out

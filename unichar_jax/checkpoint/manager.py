@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from unichar_jax.checkpoint import store
 from unichar_jax.checkpoint.remote import is_remote
 from unichar_jax.errors import UserError
+from unichar_jax.models import params
 
 WEIGHTS, OPTIMIZER, EMA = "weights", "optimizer", "ema"
 
@@ -80,7 +81,7 @@ class CheckpointManager:
         items = self._orbax.load_checkpointables(step, targets)
         stack = jax.jit(
             lambda arrays: store.stack_flat(self.declared, arrays),
-            out_shardings=None if self.mesh is None else store.params.shardings(self.declared, self.mesh),
+            out_shardings=None if self.mesh is None else params.shardings(self.declared, self.mesh),
         )
         average = stack(items.pop(EMA)) if ema else None
         host = self._orbax.metadata(step).custom_metadata or {}
@@ -122,9 +123,4 @@ def _struct(x: Any) -> Any:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {_name(path): tuple(np.shape(leaf) or leaf.shape) for path, leaf in leaves}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+    return {name: tuple(np.shape(leaf) or leaf.shape) for name, leaf in params.named_leaves(tree)}

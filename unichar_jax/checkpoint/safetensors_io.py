@@ -201,3 +201,9 @@ def write_file(
             del array, data  # before the next one is read
         if (left := next(expected, None)) is not None:
             raise AssertionError(f"tensor {left[0]} was announced and never given")
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors held in memory, in the order of their names."""
+    tensors = dict(sorted(tensors.items()))
+    write_file(path, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())

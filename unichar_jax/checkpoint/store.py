@@ -11,7 +11,7 @@ memory is ``convert.py``'s.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 
 from unichar_jax.checkpoint import table, writing
 from unichar_jax.checkpoint import weights as weights_lib
-from unichar_jax.checkpoint.arrays import copy_into, materialize
-from unichar_jax.checkpoint.safetensors_io import write_file
+from unichar_jax.checkpoint.arrays import copy_into, grouped
+from unichar_jax.checkpoint.safetensors_io import write_tensors
 from unichar_jax.checkpoint.weights import (
     AE_FILE,
     AUTOENCODER,
@@ -99,7 +99,7 @@ def load_model(
     whole = lora.declare(UnifiedModel(cfg, compute), places)
     if weights == "int8":
         specs = params.flat(whole)
-        adapters = {n: s for n, s in specs.items() if n.endswith((f".{lora.A}", f".{lora.B}"))}
+        adapters = {n: s for n, s in specs.items() if lora.is_adapter(n)}
         around = _filled(adapters, stored, mesh, dtype)
         small = functools.partial(int8.small_form, adapters=around)
         plain = {n: s for n, s in specs.items() if n not in adapters}
@@ -132,25 +132,17 @@ def _filled(
 ) -> dict[str, jax.Array]:
     """Arrays by name, a few gigabytes of stacked layers at a time; ``made_of`` tells what is kept of each."""
     filled: dict[str, jax.Array] = {}
-    batch: dict[str, params.ArraySpec] = {}
-    size = 0
-    for name, spec in specs.items():
-        if isinstance(weights, TorchWeights):
-            filled |= made_of(name, _array_from_views(name, spec, weights, mesh, dtype))
-            continue
-        batch[name] = spec
-        size += sum(array_bytes(weights.infos[n]) for n in _stored_names(name, spec))
-        if size > _BATCH_BYTES or name == next(reversed(specs)):
-            loaded = _arrays_from_orbax(batch, weights, mesh, dtype)
-            for n in list(loaded):
-                filled |= made_of(n, loaded.pop(n))
-            batch, size = {}, 0
+    loads: Iterator[dict[str, jax.Array]]
+    if isinstance(weights, TorchWeights):
+        loads = ({n: _array_from_views(n, spec, weights, mesh, dtype)} for n, spec in specs.items())
+    else:
+        size = lambda leaf: sum(array_bytes(weights.infos[n]) for n in params.stored_names(*leaf))  # noqa: E731
+        batches = grouped(specs.items(), size, _BATCH_BYTES)
+        loads = (_arrays_from_orbax(dict(batch), weights, mesh, dtype) for batch in batches)
+    for loaded in loads:
+        for name in list(loaded):  # popping frees each once the caller has made its own of it
+            filled |= made_of(name, loaded.pop(name))
     return filled
-
-
-def _stored_names(name: str, spec: params.ArraySpec) -> list[str]:
-    """The on-disk arrays that make up one array of a module: its layers, or itself."""
-    return params.unstacked_names(name, spec.shape[0]) if _is_stacked(spec.dims) else [name]
 
 
 def _dtype_of(name: str, dtype: Any, stored: ArrayInfo) -> np.dtype:
@@ -159,21 +151,17 @@ def _dtype_of(name: str, dtype: Any, stored: ArrayInfo) -> np.dtype:
     return np.dtype(stored.dtype if chosen is None else chosen)
 
 
-def _is_stacked(dims: Sequence[str | None]) -> bool:
-    return bool(dims) and dims[0] == params.LAYERS
-
-
 def _array_from_views(
     name: str, spec: params.ArraySpec, weights: TorchWeights, mesh: Mesh | None, dtype: Any
 ) -> jax.Array:
     """One array of a module, read as the slices that its shards need."""
-    names = _stored_names(name, spec)
+    names = params.stored_names(name, spec)
     dtype = _dtype_of(name, dtype, weights.infos[names[0]])
 
     def block(index: Any) -> np.ndarray:
         # Always a copy: an array that aliased the file would change when the file does.
         out = np.empty(np.broadcast_to(np.int8(0), spec.shape)[index].shape, dtype)
-        if not _is_stacked(spec.dims):
+        if not params.is_stacked(spec):
             copy_into(out, weights.view(name)[index])
             return out
         for target, layer in zip(out, names[index[0]], strict=True):
@@ -192,28 +180,13 @@ def _arrays_from_orbax(
     """Some arrays of a module: layers are restored to their shards, then stacked there."""
     targets: dict[str, jax.ShapeDtypeStruct] = {}
     for name, spec in specs.items():
-        for n in _stored_names(name, spec):
-            targets[n] = _target(_one_layer(spec), _dtype_of(name, dtype, weights.infos[n]), mesh)
-    stored = weights.load(targets) if targets else {}
+        for n in params.stored_names(name, spec):
+            targets[n] = _target(params.one_layer(spec), _dtype_of(name, dtype, weights.infos[n]), mesh)
+    stored = weights.load(targets)
     shardings = None
     if mesh is not None:
         shardings = {n: mesh_lib.sharding_for(s.dims, s.shape, mesh) for n, s in specs.items()}
-
-    def stack(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {
-            name: jnp.stack([arrays[n] for n in _stored_names(name, spec)])
-            if _is_stacked(spec.dims)
-            else arrays[name]
-            for name, spec in specs.items()
-        }
-
-    return jax.jit(stack, out_shardings=shardings)(stored)
-
-
-def _one_layer(spec: params.ArraySpec) -> params.ArraySpec:
-    if not _is_stacked(spec.dims):
-        return spec
-    return params.ArraySpec(spec.shape[1:], spec.dims[1:], spec.init, spec.dtype)
+    return jax.jit(lambda arrays: stack_flat(dict(specs), arrays), out_shardings=shardings)(stored)
 
 
 def _target(spec: params.ArraySpec, dtype: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
@@ -233,19 +206,14 @@ def flat_abstract(
     """The flat Orbax target of a module of declarations: ``{on-disk name: shape, dtype, sharding}``."""
     out: dict[str, jax.ShapeDtypeStruct] = {}
     for name, spec in params.named_leaves(module):
-        target = _target(_one_layer(spec), dtype or spec.dtype, mesh)
-        out |= dict.fromkeys(_stored_names(name, spec), target)
+        target = _target(params.one_layer(spec), dtype or spec.dtype, mesh)
+        out |= dict.fromkeys(params.stored_names(name, spec), target)
     return out
 
 
 def stack_flat(module: M, arrays: Mapping[str, Any]) -> M:
     """Fills a module of declarations from flat arrays, stacking layers; usable under ``jax.jit``."""
-
-    def fill(name: str, spec: params.ArraySpec) -> Any:
-        names = _stored_names(name, spec)
-        return jnp.stack([arrays[n] for n in names]) if _is_stacked(spec.dims) else arrays[name]
-
-    return params.map_named(fill, module)
+    return table.module_from_flat(module, arrays, jnp)
 
 
 def unstack(declared: Any, module: Any) -> dict[str, Any]:
@@ -256,8 +224,8 @@ def unstack(declared: Any, module: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     values = params.flat(module)
     for name, spec in params.named_leaves(declared):
-        if _is_stacked(spec.dims):
-            out |= {n: values[name][i] for i, n in enumerate(_stored_names(name, spec))}
+        if params.is_stacked(spec):
+            out |= {n: values[name][i] for i, n in enumerate(params.stored_names(name, spec))}
         else:
             out[name] = values[name]
     return out
@@ -285,38 +253,14 @@ def write_bagel(
       tokenizer_files_from: a directory with the tokenizer files.
       dtype: of the written model; by default its own.
     """
-    parts = _parts(model, cfg, autoencoder, dtype)
+    tensors = table.module_to_torch(model, table.model_table(cfg), dtype)
+    kind = next(iter(tensors.values())).dtype
+    tensors |= {n: table.frozen_table(cfg, n).astype(kind) for n in table.frozen_tables(cfg)}
+    specs = {n: ArrayInfo(x.shape, x.dtype, MODEL) for n, x in sorted(tensors.items())}
     with writing.staging(path) as folder:
-        for part, (arrays, entries) in parts.items():
-            tensors = {e.torch: materialize(e.to_torch(arrays[e.ours])) for e in entries}
-            if part == MODEL:
-                stored = next(iter(tensors.values())).dtype
-                tensors |= {n: table.frozen_table(cfg, n).astype(stored) for n in table.frozen_tables(cfg)}
-            tensors = dict(sorted(tensors.items()))
-            specs = {n: ArrayInfo(x.shape, x.dtype, part) for n, x in tensors.items()}
-            if part == MODEL:
-                writing.write_torch(folder, specs, functools.partial(_items, tensors))
-            else:
-                shapes = {n: (i.shape, i.dtype) for n, i in specs.items()}
-                write_file(folder / AE_FILE, shapes, tensors.items())
-        writing.write_companions(folder, cfg, None, _path(tokenizer_files_from))
-
-
-def _items(tensors: Mapping[str, np.ndarray], names: Sequence[str]) -> list[tuple[str, np.ndarray]]:
-    return [(name, tensors[name]) for name in names]
-
-
-def _parts(
-    model: Any, cfg: ModelConfig, autoencoder: Any | None, dtype: Any
-) -> dict[str, tuple[dict[str, np.ndarray], tuple[table.Entry, ...]]]:
-    flat = unstack(UnifiedModel(cfg), model)
-    out = {MODEL: ({n: np.asarray(x, dtype) for n, x in flat.items()}, table.model_table(cfg))}
-    if autoencoder is not None:
-        flat = unstack(Autoencoder(cfg.autoencoder), autoencoder)
-        entries = table.autoencoder_table(cfg.autoencoder)
-        out[AUTOENCODER] = ({n: np.asarray(x) for n, x in flat.items()}, entries)
-    return out
-
-
-def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
+        writing.write_torch(folder, specs, lambda names: ((n, tensors[n]) for n in names))
+        if autoencoder is not None:
+            entries = table.autoencoder_table(cfg.autoencoder)
+            write_tensors(folder / AE_FILE, table.module_to_torch(autoencoder, entries))
+        home = None if tokenizer_files_from is None else Path(tokenizer_files_from)
+        writing.write_companions(folder, cfg, None, home)

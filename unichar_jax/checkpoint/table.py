@@ -15,7 +15,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from unichar_jax.config.model import AutoencoderConfig, ModelConfig
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.unified import UnifiedModel, position_table
+
+M = TypeVar("M")
 
 # Beginning of an array's name -> the part of the model that it is counted under; the first match holds.
 _GROUPS = {
@@ -169,23 +171,13 @@ def group_of(name: str) -> str:
     return "decoder, understanding expert" if ".und." in name else "decoder, generation expert"
 
 
-def unstacked_specs(module: Any) -> dict[str, params.ArraySpec]:
-    """Declarations by on-disk name: every layer spelled out."""
-    out: dict[str, params.ArraySpec] = {}
-    for name, spec in params.named_leaves(module):
-        if spec.dims and spec.dims[0] == params.LAYERS:
-            one = params.ArraySpec(spec.shape[1:], spec.dims[1:], spec.init, spec.dtype)
-            out.update(dict.fromkeys(params.unstacked_names(name, spec.shape[0]), one))
-        else:
-            out[name] = spec
-    return out
-
-
 def entries_of(module: Any, rules: list[tuple[str, str]]) -> tuple[Entry, ...]:
     """An entry for every array of a module of declarations; ``rules`` are (our name, PyTorch name)."""
     entries = tuple(
         Entry(name, _torch_name(name, rules), _layout(name, spec.shape), spec.shape)
-        for name, spec in unstacked_specs(module).items()
+        for declared, stack in params.named_leaves(module)
+        for spec in [params.one_layer(stack)]
+        for name in params.stored_names(declared, stack)
     )
     if len({e.torch for e in entries}) != len(entries):
         raise AssertionError("two arrays map to one PyTorch tensor")
@@ -222,43 +214,26 @@ def frozen_table(cfg: ModelConfig, name: str) -> np.ndarray:
 
 def module_from_torch(module: Any, entries: tuple[Entry, ...], tensors: Mapping[str, Any]) -> Any:
     """Fills a module of declarations from PyTorch tensors held in memory, stacking layers."""
-    by_name = {e.ours: e.from_torch(np.asarray(tensors[e.torch])) for e in entries}
-    return module_from_flat(module, by_name)
+    return module_from_flat(module, {e.ours: e.from_torch(np.asarray(tensors[e.torch])) for e in entries})
 
 
-def module_from_flat(module: Any, arrays: Mapping[str, Any]) -> Any:
-    """Fills a module of declarations from arrays by on-disk name, stacking layers."""
+def module_from_flat(module: M, arrays: Mapping[str, Any], xp: Any = np) -> M:
+    """Fills a module of declarations from arrays by on-disk name, stacking layers with ``xp`` (numpy or jax.numpy)."""
 
-    def fill(name: str, spec: params.ArraySpec) -> np.ndarray:
-        if spec.dims and spec.dims[0] == params.LAYERS:
-            names = params.unstacked_names(name, spec.shape[0])
-            return np.stack([np.asarray(arrays[n]) for n in names])
-        return np.asarray(arrays[name])
+    def fill(name: str, spec: params.ArraySpec) -> Any:
+        if params.is_stacked(spec):
+            return xp.stack([arrays[n] for n in params.stored_names(name, spec)])
+        return xp.asarray(arrays[name])
 
     return params.map_named(fill, module)
 
 
-def module_to_flat(module: Any) -> dict[str, Any]:
-    """Arrays by on-disk name from a filled module (views of the stacked arrays)."""
-    out: dict[str, Any] = {}
-    for name, value in params.named_leaves(module):
-        dims = _dims_of(module, name)
-        if dims and dims[0] == params.LAYERS:
-            for i, n in enumerate(params.unstacked_names(name, value.shape[0])):
-                out[n] = value[i]
-        else:
-            out[name] = value
-    return out
+def module_to_torch(module: Any, entries: tuple[Entry, ...], dtype: Any = None) -> dict[str, np.ndarray]:
+    """PyTorch tensors from a filled module, in ``dtype`` or its own."""
+    arrays = params.flat(module)
 
+    def stored(name: str) -> np.ndarray:
+        stacked, layer = (name, None) if name in arrays else params.stacked_name(name)
+        return np.asarray(arrays[stacked] if layer is None else arrays[stacked][layer], dtype)
 
-def _dims_of(module: Any, name: str) -> tuple[str | None, ...]:
-    node = module
-    for part in name.split("."):
-        node = node[int(part)] if part.isdigit() else getattr(node, part)
-    return node.dims
-
-
-def module_to_torch(module: Any, entries: tuple[Entry, ...]) -> dict[str, np.ndarray]:
-    """PyTorch tensors from a filled module."""
-    arrays = module_to_flat(module)
-    return {e.torch: np.ascontiguousarray(e.to_torch(np.asarray(arrays[e.ours]))) for e in entries}
+    return {e.torch: np.ascontiguousarray(e.to_torch(stored(e.ours))) for e in entries}

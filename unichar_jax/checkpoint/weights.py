@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from unichar_jax.checkpoint import table
-from unichar_jax.checkpoint.arrays import ArrayInfo
+from unichar_jax.checkpoint.arrays import ArrayInfo, grouped
 from unichar_jax.checkpoint.torch_files import (
     AE_FILE,
     HEAD,
@@ -31,6 +31,7 @@ from unichar_jax.checkpoint.torch_files import (
 )
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
+from unichar_jax.models.lora import is_adapter
 
 MODEL, AUTOENCODER = "model", "autoencoder"
 STEP_ITEM = "weights"  # the item of a training step that holds the model
@@ -253,24 +254,11 @@ class OrbaxWeights:
         return self.item.load(targets, self.infos)
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        for group in self._groups(names):
+        for group in grouped(names, lambda n: array_bytes(self.infos[n]), GROUP_BYTES):
             arrays = self.load({n: _like(self.infos[n]) for n in group})
             while group:  # popping frees each array once the caller has moved on
                 name = group.pop(0)
                 yield name, arrays.pop(name)
-
-    def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
-        group: list[str] = []
-        size = 0
-        for name in names:
-            nbytes = array_bytes(self.infos[name])
-            if group and size + nbytes > GROUP_BYTES:
-                yield group
-                group, size = [], 0
-            group.append(name)
-            size += nbytes
-        if group:
-            yield group
 
 
 def array_bytes(info: ArrayInfo) -> int:
@@ -331,9 +319,7 @@ def examine(
         )
     if (found := orbax_item(folder, part, item)) is not None:
         weights, problems = OrbaxWeights(found), Problems()
-        stored = {
-            n: i for n, i in weights.infos.items() if not (adapters and n.endswith((".lora_a", ".lora_b")))
-        }
+        stored = {n: i for n, i in weights.infos.items() if not (adapters and is_adapter(n))}
         check_arrays(problems, {e.ours: e.shape for e in entries}, stored)
         return weights, problems
     if part == MODEL:

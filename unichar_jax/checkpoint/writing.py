@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ import numpy as np
 
 from unichar_jax import __version__
 from unichar_jax.checkpoint import runs, weights
-from unichar_jax.checkpoint.arrays import materialize
+from unichar_jax.checkpoint.arrays import grouped, materialize
 from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.checkpoint.torch_files import INDEX_FILE, SINGLE_FILES
 from unichar_jax.checkpoint.weights import ArrayInfo, array_bytes
@@ -104,34 +105,24 @@ def write_item(
     """
     from orbax.checkpoint import v1 as ocp
 
+    def written_bytes(pair: tuple[str, np.ndarray]) -> int:
+        return pair[1].size * np.dtype(dtype or pair[1].dtype).itemsize
+
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False  # bfloat16 weights hardly compress
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with context:
-        for group in _groups(arrays, dtype, group_bytes or weights.GROUP_BYTES):
+        for views in grouped(arrays, written_bytes, group_bytes or weights.GROUP_BYTES):
+            group: dict[str, np.ndarray] = {}
+            while views:  # popping frees each source once it is copied
+                name, view = views.pop(0)
+                group[name] = materialize(view, dtype)
+            del view
             ocp.partial.save(folder, group)
             if on_bytes is not None:
                 on_bytes(sum(x.nbytes for x in group.values()))
-            group.clear()
         ocp.partial.finalize(folder)
-
-
-def _groups(
-    arrays: Iterable[tuple[str, np.ndarray]], dtype: Any, group_bytes: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Row-major arrays in groups that end before an array that would pass the limit."""
-    group: dict[str, np.ndarray] = {}
-    size = 0
-    for name, view in arrays:
-        nbytes = view.size * np.dtype(dtype or view.dtype).itemsize
-        if group and size + nbytes > group_bytes:
-            yield group
-            group, size = {}, 0
-        group[name] = materialize(view, dtype)
-        size += nbytes
-    if group:
-        yield group
 
 
 # -- safetensors --------------------------------------------------------------------------------------------
@@ -139,16 +130,7 @@ def _groups(
 
 def shard(specs: Mapping[str, ArrayInfo], max_bytes: int | None) -> list[list[str]]:
     """Names in files of at most ``max_bytes`` (or one tensor); one file without a limit."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, info in specs.items():
-        nbytes = array_bytes(info)
-        if max_bytes is not None and shards[-1] and size + nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    return shards
+    return list(grouped(specs, lambda n: array_bytes(specs[n]), max_bytes or math.inf)) or [[]]
 
 
 def write_torch(

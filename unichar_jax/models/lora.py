@@ -72,6 +72,11 @@ def places_in(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def is_adapter(name: str) -> bool:
+    """Whether an array's name, of a module or on disk, is that of one side of a pair."""
+    return name.endswith((f".{A}", f".{B}"))
+
+
 def union(all_places: Iterable[Places]) -> dict[str, int]:
     """The places of all, each with its largest rank."""
     ranks: dict[str, int] = {}

@@ -180,6 +180,27 @@ def count(module: Any) -> int:
 # -- names on disk -----------------------------------------------------------------------------------------
 
 _LAYER = re.compile(r"(^|\.)layers\.")
+_LAYER_OF = re.compile(r"((?:.*?\.)?layers\.)(\d+)\.(.*)")
+
+
+def is_stacked(spec: ArraySpec) -> bool:
+    return bool(spec.dims) and spec.dims[0] == LAYERS
+
+
+def one_layer(spec: ArraySpec) -> ArraySpec:
+    """The declaration of what is on disk: of one layer, or ``spec`` itself."""
+    return ArraySpec(spec.shape[1:], spec.dims[1:], spec.init, spec.dtype) if is_stacked(spec) else spec
+
+
+def stored_names(name: str, spec: ArraySpec) -> list[str]:
+    """The arrays on disk that make up one array of a module: its layers, or itself."""
+    return unstacked_names(name, spec.shape[0]) if is_stacked(spec) else [name]
+
+
+def stacked_name(stored: str) -> tuple[str, int | None]:
+    """``decoder.layers.3.und.q.kernel`` -> ``decoder.layers.und.q.kernel``, 3; another name as it is, and None."""
+    found = _LAYER_OF.match(stored)
+    return (found[1] + found[3], int(found[2])) if found else (stored, None)
 
 
 def unstacked_names(name: str, num_layers: int) -> list[str]:

@@ -117,6 +117,15 @@ def _without(axes: str | tuple[str, ...] | None, drop: Sequence[str]) -> str | t
     return kept if len(kept) > 1 else (kept[0] if kept else None)
 
 
+def host(x: jax.Array) -> np.ndarray:
+    """An array in full on every process; with several, all must call this."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def global_batch_size(mesh: Mesh, per_device: int = 1) -> int:
     return per_device * mesh.shape["data"] * mesh.shape["fsdp"]
 

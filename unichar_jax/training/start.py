@@ -29,7 +29,7 @@ from unichar_jax.checkpoint import runs, store, table, writing
 from unichar_jax.checkpoint.fingerprint import fingerprint
 from unichar_jax.checkpoint.remote import RunFolder, fetched
 from unichar_jax.checkpoint.runs import RunInfo
-from unichar_jax.checkpoint.safetensors_io import write_file
+from unichar_jax.checkpoint.safetensors_io import write_tensors
 from unichar_jax.config import presets
 from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.config.model import MODEL_PRESETS, ModelConfig, model_preset
@@ -351,8 +351,7 @@ def _write_model_files(folder: Path, cfg: SFTConfig | GRPOConfig, source: Source
         tensors = table.module_to_torch(
             _random_autoencoder(cfg, source.cfg), table.autoencoder_table(source.cfg.autoencoder)
         )
-        shapes = {name: (x.shape, x.dtype) for name, x in tensors.items()}
-        write_file(folder / "ae.safetensors", shapes, tensors.items())
+        write_tensors(folder / "ae.safetensors", tensors)
     elif (source.home / "autoencoder").is_dir():
         shutil.copytree(source.home / "autoencoder", folder / "autoencoder")
     else:

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from unichar_jax.config.grpo import GRPOConfig
@@ -35,6 +34,7 @@ from unichar_jax.data.rl_prompts import RLPrompt
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.lora import switched_off
 from unichar_jax.models.unified import UnifiedModel
+from unichar_jax.parallel.mesh import host
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow
 from unichar_jax.sampling.flow import Contexts
@@ -210,13 +210,6 @@ class Trainer:
         assert self.last is not None
         images, scores, prompts = self.last
         return best_and_worst(images, scores.rewards, prompts, self.cfg.group)
-
-
-def host(x: jax.Array) -> np.ndarray:
-    """An array in full on every process."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _reference(cfg: GRPOConfig, algorithm: Algorithm, state: TrainState) -> Arrays | None:
