@@ -8,7 +8,8 @@ anything else that escapes is a bug and keeps its trace.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -19,3 +20,9 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Returns ``" (did you mean 'x'?)"`` for the closest option, or the empty string."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def listed(lines: Sequence[Any], most: int = 20) -> str:
+    """What a message lists, each on a line of its own: the first ones, and how many more there are."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in [*lines[:most], *more])

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from unichar_jax.errors import UserError
+from unichar_jax.errors import UserError, listed
 
 LITERAL = ("role", "image", "image_id", "reference_images_path", "test_questions")
 """Fields that must be strings as they stand: names of files, of roles, and questions that are asked. In any
@@ -59,11 +59,8 @@ class DataError(UserError):
 
     def __init__(self, where: Path, findings: Iterable[Finding], remedy: str) -> None:
         self.findings = tuple(f for f in findings if f.severity == "error")
-        shown = "\n".join(f"  {finding}" for finding in self.findings[:20])
-        more = len(self.findings) - 20
-        rest = f"\n  ... and {more} more" if more > 0 else ""
         count = f"{len(self.findings)} error{'s' if len(self.findings) != 1 else ''}"
-        super().__init__(f"{where}: {count} in the data.\n{shown}{rest}\n{remedy}")
+        super().__init__(f"{where}: {count} in the data.{listed(self.findings)}\n{remedy}")
 
 
 Gate = Callable[[str], tuple[str, Iterable[tuple[str, str, str, str]]]]
@@ -86,12 +83,13 @@ class Findings:
         return tuple(self._all)
 
     def error(self, file: str, record: str, field: str, expected: str, got: str, remedy: str) -> None:
-        told = (file, record, field, expected, got, remedy)
-        self._all.append(Finding("error", *map(printable, told)))
+        self._add("error", file, record, field, expected, got, remedy)
 
     def note(self, file: str, record: str, field: str, expected: str, got: str, remedy: str) -> None:
-        told = (file, record, field, expected, got, remedy)
-        self._all.append(Finding("note", *map(printable, told)))
+        self._add("note", file, record, field, expected, got, remedy)
+
+    def _add(self, severity: Literal["error", "note"], *told: str) -> None:
+        self._all.append(Finding(severity, *map(printable, told)))
 
     def picture(self, file: str, folder: Path, error: UserError) -> None:
         """An error about a picture in ``folder`` that was refused."""
@@ -129,13 +127,7 @@ def shown(value: object) -> str:
 
 
 def _kind(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "true/false",
-        type(None): "null",
-    }
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
     return names.get(type(value), f"a number ({shown(value)})")
 
 
@@ -209,31 +201,27 @@ class Record:
         """A finite number within ``[low, high]``; without a default it must be there."""
         value = self.data.get(field, default)
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not low <= value <= high:
-            self._wrong(field, f"a number from {low:g} to {high:g}", value)
-            return low if default is None else default
-        return float(value)
+        expected, instead = f"a number from {low:g} to {high:g}", low if default is None else default
+        return float(self._held(field, value, expected, good and low <= value <= high, instead))
 
     def whole(self, field: str, default: int | None = None, low: int = 1, high: int = 2**24) -> int:
         """A whole number within ``[low, high]``; without a default it must be there."""
         value = self.data.get(field, default)
-        if type(value) is not int or not low <= value <= high:
-            self._wrong(field, f"a whole number from {low} to {high}", value)
-            return low if default is None else default
-        return value
+        expected, instead = f"a whole number from {low} to {high}", low if default is None else default
+        return self._held(field, value, expected, type(value) is int and low <= value <= high, instead)
 
     def choice(self, field: str, *options: Any) -> Any:
         """One of some values; the first where the field is absent."""
         value = self.data.get(field, options[0])
-        if not any(type(value) is type(option) and value == option for option in options):
-            self._wrong(field, " or ".join(map(repr, options)), value)
-            return options[0]
-        return value
+        good = any(type(value) is type(option) and value == option for option in options)
+        return self._held(field, value, " or ".join(map(repr, options)), good, options[0])
 
-    def _wrong(self, field: str, expected: str, value: object) -> None:
-        if self.ok:
+    def _held(self, field: str, value: Any, expected: str, good: bool, instead: Any) -> Any:
+        """The value if it is good; else ``instead``, and an error."""
+        if self.ok and not good:
             got = "nothing" if value is None and field not in self.data else shown(value)
             self.error(field, expected, got, "correct it")
+        return value if good else instead
 
     def inner(self, field: str) -> Record | None:
         """The object in a field; ``None`` where it is absent or null."""
@@ -245,24 +233,17 @@ class Record:
     def wholes(self, field: str, low: int, high: int) -> tuple[int, ...]:
         """A list of whole numbers within ``[low, high]``, at least one."""
         value = self.data.get(field)
-        if (
-            not isinstance(value, list)
-            or not value
-            or any(type(v) is not int or not low <= v <= high for v in value)
-        ):
-            self._wrong(field, f"a list of whole numbers from {low} to {high}", value)
-            return (low,)
-        return tuple(value)
+        values = value if isinstance(value, list) else []
+        good = bool(values) and all(type(v) is int and low <= v <= high for v in values)
+        return tuple(self._held(field, value, f"a list of whole numbers from {low} to {high}", good, (low,)))
 
     def numbers(self, field: str, count: int, low: float, high: float) -> tuple[float, ...]:
         """A list of ``count`` numbers within ``[low, high]``."""
         value = self.data.get(field)
         values = value if isinstance(value, list) else []
         good = len(values) == count and all(type(v) in (int, float) and low <= v <= high for v in values)
-        if not good:
-            self._wrong(field, f"a list of {count} numbers from {low:g} to {high:g}", value)
-            return (low,) * count
-        return tuple(map(float, values))
+        expected = f"a list of {count} numbers from {low:g} to {high:g}"
+        return tuple(map(float, self._held(field, value, expected, good, (low,) * count)))
 
     def flag(self, field: str, default: bool = False) -> bool:
         value = self.data.get(field, default)
@@ -277,12 +258,7 @@ class Record:
             return []
         if not isinstance(value, list):
             if self.ok:
-                self.error(
-                    field,
-                    "a list [...]",
-                    "nothing" if value is None else _kind(value),
-                    "rewrite it",
-                )
+                self.error(field, "a list [...]", "nothing" if value is None else _kind(value), "rewrite it")
             return []
         return value
 
@@ -342,14 +318,8 @@ def decode(found: Findings, name: str, raw: bytes) -> str | None:
     try:
         return raw.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        found.error(
-            name,
-            "",
-            "",
-            "UTF-8 text",
-            f"byte 0x{raw[error.start]:02x} at {error.start}",
-            "save the file as UTF-8",
-        )
+        got = f"byte 0x{raw[error.start]:02x} at {error.start}"
+        found.error(name, "", "", "UTF-8 text", got, "save the file as UTF-8")
         return None
 
 

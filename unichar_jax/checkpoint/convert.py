@@ -19,7 +19,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -40,7 +39,7 @@ from unichar_jax.checkpoint.weights import (
 )
 from unichar_jax.checkpoint.writing import OnBytes
 from unichar_jax.config.model import LLM_FILE, ModelConfig, has_tied_head
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, did_you_mean, listed
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -203,31 +202,23 @@ def _plan_import(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
         )
         source = MergedWeights(source, lora.merged(rest))
         notes.append(f"from the base: {', '.join(absent)}")
-    home = _autoencoder_home(src, homes)
-    autoencoder, problems[f"{home} (autoencoder)"] = weights_lib.examine(home, cfg, AUTOENCODER)
-    weights_lib.raise_problems(problems)
+    autoencoder = _autoencoder(src, homes, folder, cfg, problems)
     names = ", ".join(f.name for f in files) if len(files) < 3 else f"{len(files)} shards"
     stored = tensors.infos
-    alone = absent and absent.keys() == torch_files.BESIDE_LANGUAGE_MODEL
+    alone = absent.keys() == torch_files.BESIDE_LANGUAGE_MODEL
+    part = "language model merged over the base" if alone else "part of a model"
     return Plan(
         src,
         dst,
         to_orbax=True,
-        flavour="language model merged over the base"
-        if alone
-        else "part of a model"
-        if absent
-        else "full model",
+        flavour=part if absent else "full model",
         cfg=cfg,
-        parts=(
-            Part(MODEL, names, table_, source, dtype),
-            Part(AUTOENCODER, _name(home, folder), table.autoencoder_table(cfg.autoencoder), autoencoder),
-        ),
+        parts=(Part(MODEL, names, table_, source, dtype), autoencoder),
         config_from=config_home,
         tokenizer_from=_tokenizer_home(homes),
         base=base,
         frozen={n: stored[n].dtype for n in table.frozen_tables(cfg) if n in stored},
-        shard_bytes=max(_tensor_bytes(f) for f in tensors.files) if len(files) > 1 else None,
+        shard_bytes=max(f.nbytes for f in tensors.files) if len(files) > 1 else None,
         notes=tuple(notes),
     )
 
@@ -240,9 +231,7 @@ def _plan_export(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
     problems: dict[str, Problems] = {}
     stored, problems[str(src)] = weights_lib.examine(src, cfg, MODEL, item, adapters=True)
     model = lora.merged(stored)
-    home = _autoencoder_home(src, homes)
-    autoencoder, problems[f"{home} (autoencoder)"] = weights_lib.examine(home, cfg, AUTOENCODER)
-    weights_lib.raise_problems(problems)
+    autoencoder = _autoencoder(src, homes, src, cfg, problems)
     part = Part(MODEL, item or MODEL, table.model_table(cfg), model, dtype)
     default = part.target_dtype(part.names[0])
     kept = {} if dtype else written.get("frozen_dtype", {})
@@ -252,10 +241,7 @@ def _plan_export(src: Path, dst: Path, dtype: np.dtype | None, base: Path | None
         to_orbax=False,
         flavour="full model" if model is stored else "adapters merged",
         cfg=cfg,
-        parts=(
-            part,
-            Part(AUTOENCODER, _name(home, src), table.autoencoder_table(cfg.autoencoder), autoencoder),
-        ),
+        parts=(part, autoencoder),
         config_from=config_home,
         tokenizer_from=_tokenizer_home(homes),
         base=base,
@@ -292,14 +278,16 @@ def _autoencoder_home(src: Path, homes: Sequence[Path]) -> Path:
     )
 
 
-def _name(home: Path, folder: Path) -> str:
-    """How the accounting names the place of the autoencoder: briefly where it is beside the model."""
+def _autoencoder(
+    src: Path, homes: Sequence[Path], folder: Path, cfg: ModelConfig, problems: dict[str, Problems]
+) -> Part:
+    """The autoencoder of a model in ``folder``; refuses all ``problems``, its own among them."""
+    home = _autoencoder_home(src, homes)
+    weights, problems[f"{home} (autoencoder)"] = weights_lib.examine(home, cfg, AUTOENCODER)
+    weights_lib.raise_problems(problems)
     name = AE_FILE if (home / AE_FILE).is_file() else AUTOENCODER
-    return name if home == folder else str(home / name)
-
-
-def _tensor_bytes(file: Any) -> int:
-    return sum(t.nbytes for t in file.tensors.values())
+    source = name if home == folder else str(home / name)  # briefly where it is beside the model
+    return Part(AUTOENCODER, source, table.autoencoder_table(cfg.autoencoder), weights)
 
 
 # -- the work -----------------------------------------------------------------------------------------------
@@ -421,14 +409,10 @@ def _finite(made: Plan, part: Part, names: Sequence[str]) -> Iterator[tuple[str,
         target = part.target_dtype(name)
         bad = not_finite(x)
         if bad or (lost := overflowing(x, target)):
-            what = (
-                "are not finite"
-                if bad
-                else f"do not fit {target}, whose largest is {ml_dtypes.finfo(target).max:g}"
-            )
-            remedy = (
-                "the checkpoint is damaged, or its training had failed" if bad else "take --dtype bfloat16"
-            )
+            what, remedy = "are not finite", "the checkpoint is damaged, or its training had failed"
+            if not bad:
+                what = f"do not fit {target}, whose largest is {ml_dtypes.finfo(target).max:g}"
+                remedy = "take --dtype bfloat16"
             raise UserError(
                 f"{made.src}: {torch[name]}: {bad or lost:,} of {x.size:,} values {what}; nothing was written. Remedy:"
                 f" {remedy}."
@@ -449,10 +433,10 @@ def _verify(made: Plan, folder: Path, on_bytes: OnBytes | None) -> None:
                 on_bytes(got.nbytes)
             del expected, got  # before the next pair is read
     if different:
-        shown = "\n  ".join(different)
         raise UserError(
-            f"{made.dst}: {len(different)} arrays differ from {made.src} after writing; nothing was kept:\n"
-            f"  {shown}\nThe disk or the memory of this machine may be faulty: try another one."
+            f"{made.dst}: {len(different)} arrays differ from {made.src} after writing; nothing was kept:"
+            f"{listed(different, len(different))}\n"
+            "The disk or the memory of this machine may be faulty: try another one."
         )
 
 

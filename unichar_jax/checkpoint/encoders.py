@@ -62,16 +62,16 @@ _DINOV2: Rules = [
     (r"layers\.(?P<i>\d+)\.norm(?P<p>[12])\.(?P<leaf>scale|bias)", "encoder.layer.{i}.norm{p}.{leaf}"),
     (r"layers\.(?P<i>\d+)\.(?P<p>fc[12])\.(?P<leaf>kernel|bias)", "encoder.layer.{i}.mlp.{p}.{leaf}"),
     (r"layers\.(?P<i>\d+)\.scale(?P<p>[12])", "encoder.layer.{i}.layer_scale{p}.lambda1"),
-    (
-        r"layers\.(?P<i>\d+)\.out\.(?P<leaf>kernel|bias)",
-        "encoder.layer.{i}.attention.output.dense.{leaf}",
-    ),
     *(
         (
             rf"layers\.(?P<i>\d+)\.{ours}\.(?P<leaf>kernel|bias)",
-            f"encoder.layer.{{i}}.attention.attention.{theirs}.{{leaf}}",
+            f"encoder.layer.{{i}}.attention.{theirs}.{{leaf}}",
         )
-        for ours, theirs in (("q", "query"), ("k", "key"), ("v", "value"))
+        for ours, theirs in zip(
+            ("q", "k", "v", "out"),
+            ("attention.query", "attention.key", "attention.value", "output.dense"),
+            strict=True,
+        )
     ),
 ]
 _DINOV2_WITHOUT_WEIGHTS = (r"embeddings\.mask_token",)  # only for pre-training

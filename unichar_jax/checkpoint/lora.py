@@ -33,7 +33,7 @@ from unichar_jax.checkpoint.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from unichar_jax.checkpoint.safetensors_io import TensorFile, open_file, write_file
 from unichar_jax.checkpoint.weights import MODEL, ArrayInfo, OrbaxWeights, Weights
 from unichar_jax.config.model import ModelConfig
-from unichar_jax.errors import UserError
+from unichar_jax.errors import UserError, listed
 from unichar_jax.models import lora, params
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
@@ -145,7 +145,10 @@ def open_step(step: str | Path, item: str | None = None) -> OrbaxWeights:
 
 def adapters_of(step: str | Path, item: str | None = None) -> dict[str, np.ndarray]:
     """Adapters of a training step by on-disk name; the rest of the step is not read. Errors as ``open_step``."""
-    weights = open_step(step, item)
+    return adapters_in(open_step(step, item))
+
+
+def adapters_in(weights: Weights) -> dict[str, np.ndarray]:
     return dict(weights.read([n for n in weights.infos if lora.is_adapter(n)]))
 
 
@@ -168,10 +171,12 @@ def export(
     """
     step = runs.resolve(run)
     item = item or runs.weights_item(step)
-    adapters, home = adapters_of(step, item), store.config_folder(step)
+    weights, home = open_step(step, item), store.config_folder(step)
     cfg = store.load_config(home)
-    footing = footing_lib.of_weights(open_step(step, item), cfg)
-    save(dst, adapters, cfg, base=base_of(home), dtype=dtype, footing=footing, character=character)
+    footing = footing_lib.of_weights(weights, cfg)
+    save(
+        dst, adapters_in(weights), cfg, base=base_of(home), dtype=dtype, footing=footing, character=character
+    )
 
 
 def save_trained(
@@ -301,16 +306,12 @@ def open_lora(folder: str | Path, cfg: ModelConfig) -> LoraFile:
     if (folder / WHOLE_FILE).is_file():
         problems += _open_whole(open_file(folder / WHOLE_FILE), cfg, tensors, shapes)
     if problems:
-        shown = "\n  ".join(problems[:20])
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(
-            f"{folder}: the adapters do not fit this model:\n  {shown}{more}\n"
+            f"{folder}: the adapters do not fit this model:{listed(problems)}\n"
             f"They were made for '{config.get('base_model_name_or_path')}'; use them with that base."
         )
-    base, footing = (
-        str(config.get("base_model_name_or_path")),
-        Footing.from_metadata(file.metadata, file.path),
-    )
+    base = str(config.get("base_model_name_or_path"))
+    footing = Footing.from_metadata(file.metadata, file.path)
     return LoraFile(folder, cfg, lora.places_in(shapes), shapes, base, footing, tensors)
 
 

@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from unichar_jax.checkpoint import store
 from unichar_jax.checkpoint.remote import is_remote
-from unichar_jax.errors import UserError
+from unichar_jax.errors import UserError, listed
 from unichar_jax.models import params
 
 WEIGHTS, OPTIMIZER, EMA = "weights", "optimizer", "ema"
@@ -103,10 +103,8 @@ class CheckpointManager:
                 if have[k] != want[k]
             ]
         if problems:
-            shown = "\n  ".join(problems[:40])
-            more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
             raise UserError(
-                f"checkpoint {self.directory / str(step)} does not fit this run:\n  {shown}{more}\n"
+                f"checkpoint {self.directory / str(step)} does not fit this run:{listed(problems, 40)}\n"
                 "Use the configuration the run was started with (run.json in the run), or a new run_dir."
             )
 

@@ -74,6 +74,10 @@ class TensorFile:
     metadata: Mapping[str, str]
     _bytes: Any
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
     def read(self, name: str) -> np.ndarray:
         """A read-only view of the tensor in the mapped file."""
         info = self.tensors[name]

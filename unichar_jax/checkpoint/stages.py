@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from unichar_jax.checkpoint import footing, runs, store
-from unichar_jax.checkpoint.lora import adapters_of, base_of, merged, open_step, save
+from unichar_jax.checkpoint.lora import adapters_in, base_of, merged, open_step, save
 from unichar_jax.models import lora
 
 
@@ -31,12 +31,12 @@ def export(
     at, above, seen = Path(run), None, set[Path]()
     while True:
         step = runs.resolve(at)
-        weights = open_step(step, item := runs.weights_item(step))
+        weights = open_step(step, runs.weights_item(step))
         home = store.config_folder(step)
         cfg, base = store.load_config(home), base_of(home)
         if above is not None:
             footing.require(above, footing.of_weights(merged(weights), cfg), f"{at}, on which it was trained")
-        stages.insert(0, adapters_of(step, item))
+        stages.insert(0, adapters_in(weights))
         above = footing.of_weights(weights, cfg)
         seen.add(home.resolve())
         at = runs.read_info(home).path(base)

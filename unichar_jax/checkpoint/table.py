@@ -75,67 +75,45 @@ class Entry:
         return x.transpose(np.argsort(axes))
 
 
+_LAYER = r"layers\.(?P<i>\d+)\."
 # Our name (regex) -> PyTorch name. {i}: layer. Experts: `und` has no suffix, `gen` has `_moe_gen`.
 _MODEL_RULES: list[tuple[str, str]] = [
     (r"embed\.embedding", "language_model.model.embed_tokens.weight"),
     (r"lm_head\.kernel", "language_model.lm_head.weight"),
     (r"decoder\.norm\.(?P<e>und|gen)\.scale", "language_model.model.norm{e}.weight"),
-    (
-        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.(?P<p>[qkvo])\.(?P<leaf>kernel|bias)",
-        "language_model.model.layers.{i}.self_attn.{p}_proj{e}.{leaf}",
-    ),
-    (
-        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.(?P<p>[qk])_norm\.scale",
-        "language_model.model.layers.{i}.self_attn.{p}_norm{e}.weight",
-    ),
-    (
-        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.(?P<p>gate|up|down)\.kernel",
-        "language_model.model.layers.{i}.mlp{e}.{p}_proj.weight",
-    ),
-    (
-        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.attn_norm\.scale",
-        "language_model.model.layers.{i}.input_layernorm{e}.weight",
-    ),
-    (
-        r"decoder\.layers\.(?P<i>\d+)\.(?P<e>und|gen)\.mlp_norm\.scale",
-        "language_model.model.layers.{i}.post_attention_layernorm{e}.weight",
+    *(
+        (rf"decoder\.{_LAYER}(?P<e>und|gen)\.{ours}", f"language_model.model.layers.{{i}}.{torch}")
+        for ours, torch in (
+            (r"(?P<p>[qkvo])\.(?P<leaf>kernel|bias)", "self_attn.{p}_proj{e}.{leaf}"),
+            (r"(?P<p>[qk])_norm\.scale", "self_attn.{p}_norm{e}.weight"),
+            (r"(?P<p>gate|up|down)\.kernel", "mlp{e}.{p}_proj.weight"),
+            (r"attn_norm\.scale", "input_layernorm{e}.weight"),
+            (r"mlp_norm\.scale", "post_attention_layernorm{e}.weight"),
+        )
     ),
     (r"time_embedder\.fc1\.(?P<leaf>kernel|bias)", "time_embedder.mlp.0.{leaf}"),
     (r"time_embedder\.fc2\.(?P<leaf>kernel|bias)", "time_embedder.mlp.2.{leaf}"),
     (r"latent_in\.(?P<leaf>kernel|bias)", "vae2llm.{leaf}"),
     (r"latent_out\.(?P<leaf>kernel|bias)", "llm2vae.{leaf}"),
     (r"connector\.(?P<p>fc[12])\.(?P<leaf>kernel|bias)", "connector.{p}.{leaf}"),
-    (
-        r"vision\.patch_embedding\.(?P<leaf>kernel|bias)",
-        "vit_model.vision_model.embeddings.patch_embedding.{leaf}",
-    ),
-    (
-        r"vision\.position_embedding\.embedding",
-        "vit_model.vision_model.embeddings.position_embedding.weight",
-    ),
-    (
-        r"vision\.layers\.(?P<i>\d+)\.(?P<p>q|k|v|out)\.(?P<leaf>kernel|bias)",
-        "vit_model.vision_model.encoder.layers.{i}.self_attn.{p}_proj.{leaf}",
-    ),
-    (
-        r"vision\.layers\.(?P<i>\d+)\.(?P<p>fc[12])\.(?P<leaf>kernel|bias)",
-        "vit_model.vision_model.encoder.layers.{i}.mlp.{p}.{leaf}",
-    ),
-    (
-        r"vision\.layers\.(?P<i>\d+)\.norm(?P<p>[12])\.(?P<leaf>scale|bias)",
-        "vit_model.vision_model.encoder.layers.{i}.layer_norm{p}.{leaf}",
-    ),
-    (
-        r"vision\.post_norm\.(?P<leaf>scale|bias)",
-        "vit_model.vision_model.post_layernorm.{leaf}",
+    *(
+        (r"vision\." + ours, f"vit_model.vision_model.{torch}")
+        for ours, torch in (
+            (r"patch_embedding\.(?P<leaf>kernel|bias)", "embeddings.patch_embedding.{leaf}"),
+            (r"position_embedding\.embedding", "embeddings.position_embedding.weight"),
+            (
+                _LAYER + r"(?P<p>q|k|v|out)\.(?P<leaf>kernel|bias)",
+                "encoder.layers.{i}.self_attn.{p}_proj.{leaf}",
+            ),
+            (_LAYER + r"(?P<p>fc[12])\.(?P<leaf>kernel|bias)", "encoder.layers.{i}.mlp.{p}.{leaf}"),
+            (_LAYER + r"norm(?P<p>[12])\.(?P<leaf>scale|bias)", "encoder.layers.{i}.layer_norm{p}.{leaf}"),
+            (r"post_norm\.(?P<leaf>scale|bias)", "post_layernorm.{leaf}"),
+        )
     ),
 ]
 
 _AE_RULES: list[tuple[str, str]] = [
-    (
-        r"(?P<a>.*\.(?:downsample|upsample))\.(?P<leaf>kernel|bias)",
-        "{a}.conv.{leaf}",
-    ),
+    (r"(?P<a>.*\.(?:downsample|upsample))\.(?P<leaf>kernel|bias)", "{a}.conv.{leaf}"),
     (r"(?P<a>.*)\.(?P<leaf>kernel|scale|bias)", "{a}.{leaf}"),
 ]
 

@@ -92,15 +92,11 @@ def raise_problems(problems: Mapping[str, Problems]) -> None:
         if found:
             lines += [f"{where}: the weights do not fit the model.", *found.lines()]
     if lines:
-        of_head = [
-            f"    {name}" for found in problems.values() for name in found.missing if name.startswith(HEAD)
-        ]
-        if of_head and lines[2:] == of_head:
-            lines.append(UNTIED)
-        else:
-            lines.append(
-                "Check that llm_config.json, vit_config.json and extra_config.json belong to these weights."
-            )
+        head = [f"    {n}" for found in problems.values() for n in found.missing if n.startswith(HEAD)]
+        together = (
+            "Check that llm_config.json, vit_config.json and extra_config.json belong to these weights."
+        )
+        lines.append(UNTIED if head and lines[2:] == head else together)
         raise UserError("\n".join(lines))
 
 

@@ -190,20 +190,17 @@ def write_companions(
     What is BAGEL's own beside them comes from the first of ``config_from`` and ``base`` that has it; a run of
     version 0.1.0 has its settings under one of these names, and they are not BAGEL's.
     """
-    for name in CONFIG_FILES:
-        if config_from is not None and (config_from / name).is_file():
-            shutil.copyfile(config_from / name, folder / name)
-    for name in OTHER_CONFIG_FILES:
-        given = (home / name for home in (config_from, base) if home is not None)
+    wanted = [(name, (config_from,)) for name in CONFIG_FILES]
+    wanted += [(name, (config_from, base)) for name in OTHER_CONFIG_FILES]
+    wanted += [(name, (tokenizer_from,)) for name in TOKENIZER_FILES]
+    for name, homes in wanted:
+        given = (home / name for home in homes if home is not None)
         found = next((p for p in given if p.is_file() and not runs.is_settings(p)), None)
         if found is not None:
             shutil.copyfile(found, folder / name)
     for name, content in cfg.to_bagel().items():
         if not (folder / name).exists():
             write_json(folder / name, content)
-    for name in TOKENIZER_FILES:
-        if tokenizer_from is not None and (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
 
 
 def has_tokenizer(folder: Path) -> bool:

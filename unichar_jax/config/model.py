@@ -325,12 +325,7 @@ _MINI = ModelConfig(
     VisionConfig(hidden_size=192, mlp_size=512, num_layers=4, num_heads=4, max_patches_per_side=8),
     # Scale and shift give the latents of checkpoints/mini zero mean and unit deviation (measured).
     AutoencoderConfig(
-        channels=8,
-        multipliers=(1, 2, 4, 8),
-        num_res_blocks=1,
-        norm_groups=2,
-        scale=1.1811,
-        shift=0.0344,
+        channels=8, multipliers=(1, 2, 4, 8), num_res_blocks=1, norm_groups=2, scale=1.1811, shift=0.0344
     ),
     SpecialTokens(bos=1, eos=2, image_start=3, image_end=4),
     max_latent_size=8,

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from unichar_jax.errors import UserError
+from unichar_jax.errors import UserError, listed
 
 COORDINATOR, COUNT, INDEX = "UNICHAR_COORDINATOR", "UNICHAR_NUM_PROCESSES", "UNICHAR_PROCESS_INDEX"
 PORT = 8476
@@ -342,13 +342,9 @@ def _receive(
                 f" can reach {place.coordinator} and the port after it."
             )
         if not error and (lines := differences([r for _, r in sorted(reports.items())])):
-            more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
             error = (
-                "the hosts would not run the same thing:\n  "
-                + "\n  ".join(lines[:20])
-                + more
-                + "\nInstall the"
-                " same version on every host and start the same command on each."
+                f"the hosts would not run the same thing:{listed(lines)}\nInstall the same version on every host and"
+                " start the same command on each."
             )
         for connection in waiting:
             with contextlib.suppress(OSError):
