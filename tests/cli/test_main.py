@@ -17,7 +17,7 @@ from unichar_jax.config.train import SFTConfig
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_exists(name):
     module, function, _ = cli.COMMANDS[name]
-    assert callable(getattr(importlib.import_module(module), function))
+    assert callable(getattr(importlib.import_module(f"unichar_jax.cli.{module}"), function))
 
 
 def test_usage_names_every_command(capsys):

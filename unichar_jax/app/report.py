@@ -33,6 +33,7 @@ LARGEST = 512
 """Longer side of a picture in the page; larger ones are shrunk."""
 
 _LOSSLESS = 256
+_COUNTS = "No One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve"
 
 
 @dataclass(frozen=True)
@@ -314,21 +315,7 @@ def _text(text: str) -> str:
 
 
 def _count(n: int) -> str:
-    words = (
-        "No",
-        "One",
-        "Two",
-        "Three",
-        "Four",
-        "Five",
-        "Six",
-        "Seven",
-        "Eight",
-        "Nine",
-        "Ten",
-        "Eleven",
-        "Twelve",
-    )
+    words = _COUNTS.split()
     return words[n] if n < len(words) else str(n)
 
 

@@ -12,43 +12,27 @@ from collections.abc import Callable, Sequence
 
 from unichar_jax.errors import UserError, did_you_mean
 
-# name -> (module, function, one line of help)
+# name -> (module of unichar_jax.cli, function, one line of help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "quickstart": ("unichar_jax.cli.quickstart", "main", "customise a character on this machine, now"),
-    "convert": (
-        "unichar_jax.cli.convert",
-        "convert",
-        "PyTorch safetensors <-> Orbax, both ways, with accounting",
-    ),
-    "inspect": (
-        "unichar_jax.cli.convert",
-        "inspect",
-        "tensors, shapes, dtypes and parameter counts of a model",
-    ),
-    "diff": ("unichar_jax.cli.convert", "diff", "which tensors of two models differ, and by how much"),
-    "data": (
-        "unichar_jax.cli.data",
-        "main",
-        "check | new | annotate | build: character folders and the TFDS dataset",
-    ),
-    "sft": ("unichar_jax.cli.train", "sft", "stage 1, Unified-SFT: unichar sft CONFIG [--field value ...]"),
-    "grpo": (
-        "unichar_jax.cli.train",
-        "grpo",
-        "stage 2, Character-GRPO: unichar grpo CONFIG [--field value ...]",
-    ),
-    "chat": ("unichar_jax.cli.talk", "chat", "role-play with picture replies"),
-    "draw": ("unichar_jax.cli.talk", "draw", "text to image, a contact sheet"),
-    "ask": ("unichar_jax.cli.talk", "ask", "a question, about a picture or about the character"),
-    "serve": ("unichar_jax.cli.serve", "serve", "meet the characters of finished runs in a browser"),
-    "evaluate": ("unichar_jax.cli.evaluate", "evaluate", "RoleScape-20 metrics: a table and a picture sheet"),
-    "plan": ("unichar_jax.cli.plan", "plan", "compile for a pod without the pod: memory, FLOPs, collectives"),
+    "quickstart": ("quickstart", "main", "customise a character on this machine, now"),
+    "convert": ("convert", "convert", "PyTorch safetensors <-> Orbax, both ways, with accounting"),
+    "inspect": ("convert", "inspect", "tensors, shapes, dtypes and parameter counts of a model"),
+    "diff": ("convert", "diff", "which tensors of two models differ, and by how much"),
+    "data": ("data", "main", "check | new | annotate | build: character folders and the TFDS dataset"),
+    "sft": ("train", "sft", "stage 1, Unified-SFT: unichar sft CONFIG [--field value ...]"),
+    "grpo": ("train", "grpo", "stage 2, Character-GRPO: unichar grpo CONFIG [--field value ...]"),
+    "chat": ("talk", "chat", "role-play with picture replies"),
+    "draw": ("talk", "draw", "text to image, a contact sheet"),
+    "ask": ("talk", "ask", "a question, about a picture or about the character"),
+    "serve": ("serve", "serve", "meet the characters of finished runs in a browser"),
+    "evaluate": ("evaluate", "evaluate", "RoleScape-20 metrics: a table and a picture sheet"),
+    "plan": ("plan", "plan", "compile for a pod without the pod: memory, FLOPs, collectives"),
     "bench": (
-        "unichar_jax.cli.bench",
+        "bench",
         "bench",
         "time the training step here; or, with --topology, what is known without hardware",
     ),
-    "doctor": ("unichar_jax.cli.doctor", "doctor", "what would go wrong on this machine, and the fix"),
+    "doctor": ("doctor", "doctor", "what would go wrong on this machine, and the fix"),
 }
 
 
@@ -78,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module, function, _ = COMMANDS[name]
     try:
-        command: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), function)
+        command = getattr(importlib.import_module(f"unichar_jax.cli.{module}"), function)
         return int(run(command, name, rest) or 0)
     except UserError as error:
         print(f"unichar {name}: {error}", file=sys.stderr)

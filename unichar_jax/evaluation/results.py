@@ -114,6 +114,17 @@ METRICS: dict[str, Metric] = {
     ),
 }
 
+
+def metric_of(name: str) -> Metric:
+    """What a number means; one that is not in ``METRICS`` is shown as it is."""
+    return METRICS.get(name, Metric(name, shown="number"))
+
+
+def rank(name: str) -> tuple[int, str]:
+    """The place of a metric in tables."""
+    return (list(METRICS).index(name) if name in METRICS else len(METRICS), name)
+
+
 PAPER: Mapping[tuple[str, str], float] = {
     ("knowledge_mcq", "accuracy"): 0.77,
     ("image_mcq", "accuracy"): 0.84,
@@ -165,8 +176,6 @@ class Results:
         found: dict[str, dict[str, None]] = {}
         for record in self.records:
             found.setdefault(record.task, {}).update(dict.fromkeys(record.metrics))
-        order = {name: place for place, name in enumerate(METRICS)}
-        rank = lambda name: (order.get(name, len(order)), name)  # noqa: E731
         return [(task, name) for task in found for name in sorted(found[task], key=rank)]
 
     @property

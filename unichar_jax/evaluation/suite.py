@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,41 +164,33 @@ def draw_seed(item: Item, seed: int) -> int:
     return zlib.crc32(f"{item.task}/{item.key}/{seed}".encode())
 
 
-def _ask(subject: Subject, chunk: _Chunk) -> Iterator[dict[str, Any]]:
+def _ask(subject: Subject, chunk: _Chunk) -> list[dict[str, Any]]:
     """Outputs of the chunk's items, in order; ``picture`` is an image."""
-    prompts = [i.prompt for i in chunk.items]
+    task, prompts = chunk.task, [i.prompt for i in chunk.items]
     seeds = [draw_seed(i, chunk.seed) for i in chunk.items]
-    if chunk.task in CHOICES:
-        written = subject.write(prompts, seeds, greedy=True)
-        for data, text in zip(_ask_choices(subject, chunk.items), written, strict=True):
-            yield {**data, "text": text}
-    elif chunk.task in ("vqa", "reply_likelihood"):
-        scores = subject.log_probs(prompts, [[i.reference] for i in chunk.items])
-        found = [{"log_prob": float(s.sum()), "tokens": len(s)} for (s,) in scores]
-        if chunk.task == "vqa":
-            written = subject.write(prompts, seeds, greedy=True)
-            found = [{**data, "text": text} for data, text in zip(found, written, strict=True)]
-        yield from found
-    elif chunk.task in ("t2i", "scene_t2i"):
-        drawn = subject.draw(prompts, seeds)
-        yield from ({"picture": p, "draw_seed": s} for p, s in zip(drawn, seeds, strict=True))
-    else:
-        replies = subject.write(prompts, seeds)
-        if chunk.task == "t2t2i":
-            scenes = [
+    found: dict[str, Sequence[Any]] = {}
+    if task in CHOICES:
+        found = _ask_choices(subject, chunk.items)
+    elif task in ("vqa", "reply_likelihood"):
+        scores = [s for (s,) in subject.log_probs(prompts, [[i.reference] for i in chunk.items])]
+        found = {"log_prob": [float(s.sum()) for s in scores], "tokens": [len(s) for s in scores]}
+    if task in SEEDED:
+        if task not in ("t2i", "scene_t2i"):
+            found["text"] = subject.write(prompts, seeds)
+        if task == "t2t2i":
+            prompts = [
                 Prompt(templates.t2i(i.described_by, i.question, reply), i.prompt.image)
-                for i, reply in zip(chunk.items, replies, strict=True)
+                for i, reply in zip(chunk.items, found["text"], strict=True)
             ]
-            drawn = subject.draw(scenes, seeds)
-            yield from (
-                {"text": t, "picture": p, "draw_seed": s}
-                for t, p, s in zip(replies, drawn, seeds, strict=True)
-            )
-        else:
-            yield from ({"text": t, "draw_seed": s} for t, s in zip(replies, seeds, strict=True))
+        if task in DRAWN:
+            found["picture"] = subject.draw(prompts, seeds)
+        found["draw_seed"] = seeds
+    elif task != "reply_likelihood":
+        found["text"] = subject.write(prompts, seeds, greedy=True)
+    return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
 
-def _ask_choices(subject: Subject, todo: Sequence[Item]) -> Iterator[dict[str, Any]]:
+def _ask_choices(subject: Subject, todo: Sequence[Item]) -> dict[str, Sequence[Any]]:
     """Letters in every order of the options, and the options' texts by themselves."""
     prompts, answers = [], []
     for item in todo:
@@ -211,11 +203,11 @@ def _ask_choices(subject: Subject, todo: Sequence[Item]) -> Iterator[dict[str, A
         prompts.append(item.prompt)
         answers.append(told)
     scores = iter(subject.log_probs(prompts, answers))
+    found: dict[str, list[Any]] = {"letters": [], "texts": []}
     for item in todo:
-        yield {
-            "letters": [[float(s.sum()) for s in next(scores)] for _ in item.options],
-            "texts": [[float(s.sum()), len(s)] for s in next(scores)],
-        }
+        found["letters"].append([[float(s.sum()) for s in next(scores)] for _ in item.options])
+        found["texts"].append([[float(s.sum()), len(s)] for s in next(scores)])
+    return dict(found)
 
 
 # -- measuring ----------------------------------------------------------------------------------------------
@@ -311,17 +303,21 @@ def measure_outputs(
     )
 
 
+_SCORED: Mapping[str, Callable[[Item, Mapping[str, Any]], Mapping[str, float]]] = {
+    **dict.fromkeys(CHOICES, texts.choice),
+    "vqa": texts.answer,
+    "reply_likelihood": texts.likelihood,
+}
+"""Tasks whose metrics follow from an item and its output alone."""
+
+
 def _metrics(
     case: Case, task: str, outputs: Sequence[Output], instruments: Instruments
 ) -> list[Mapping[str, float]]:
     if not outputs:
         return []
-    if task in CHOICES:
-        return [texts.choice(o.item, o.data) for o in outputs]
-    if task == "vqa":
-        return [texts.answer(o.item, o.data) for o in outputs]
-    if task == "reply_likelihood":
-        return [texts.likelihood(o.item, o.data) for o in outputs]
+    if task in _SCORED:
+        return [_SCORED[task](o.item, o.data) for o in outputs]
     if task in DRAWN:
         return list(pictures.measure(case, outputs, instruments))
     told = [texts.style(o.data["text"], case.train, instruments.voices) for o in outputs]

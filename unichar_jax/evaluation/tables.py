@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from unichar_jax.evaluation.items import TASKS
-from unichar_jax.evaluation.results import METRICS, ORIGINALS, PAPER, Metric, Results, difference
+from unichar_jax.evaluation.results import ORIGINALS, PAPER, Metric, Results, difference, metric_of, rank
 from unichar_jax.evaluation.stats import Interval
 
 REWARD_MARK = "†"
@@ -28,6 +29,8 @@ PAPER_NOTE = (
     "Paper: what UniCharacter (arXiv 2605.08129) reports for its own model under its own protocol; quoted,"
     " not measured here."
 )
+
+_LOOK: dict[str, Any] = {"title_justify": "left", "header_style": "bold"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,10 @@ class Row:
 
 def rows(results: Sequence[Results], character: str | None = None) -> list[Row]:
     """Every metric that any of the results has, in the order of tasks and metrics."""
-    ranks = {name: place for place, name in enumerate(METRICS)}
     tasks = {name: place for place, name in enumerate(TASKS)}
     measured = sorted(
         {pair for r in results for pair in r.measured},
-        key=lambda p: (tasks.get(p[0], len(tasks)), p[0], ranks.get(p[1], len(ranks)), p[1]),
+        key=lambda p: (tasks.get(p[0], len(tasks)), p[0], rank(p[1])),
     )
     pair = compared(results)
     found = []
@@ -73,8 +75,7 @@ def rows(results: Sequence[Results], character: str | None = None) -> list[Row]:
         if all(c.interval is None for c in cells):
             continue
         change = difference(*pair, task, name, character) if pair else None
-        metric = METRICS.get(name, Metric(name, shown="number"))
-        found.append(Row(task, name, metric, cells, change, PAPER.get((task, name))))
+        found.append(Row(task, name, metric_of(name), cells, change, PAPER.get((task, name))))
     return found
 
 
@@ -157,22 +158,16 @@ def _table(
     def shown(interval: Interval | None) -> Interval | None:
         return interval if with_bounds or interval is None else replace(interval, low=None, high=None)
 
-    table = Table(title=character or _who(results), title_justify="left", header_style="bold")
-    table.add_column("task")
-    table.add_column("metric")
-    for result in results:
-        table.add_column(result.label, justify="right")
-    if compared(results):
-        table.add_column("change", justify="right")
-    with_paper = any(row.paper is not None for row in found)
-    if with_paper:
-        table.add_column("paper", justify="right")
+    with_change, with_paper = compared(results) is not None, any(row.paper is not None for row in found)
+    heads = [r.label for r in results] + ["change"] * with_change + ["paper"] * with_paper
+    columns = [Column(head, justify="right") for head in heads]
+    table = Table("task", "metric", *columns, title=character or _who(results), **_LOOK)
     last = ""
     for row in found:
         if last and row.task != last:
             table.add_section()
         cells = [_cell(replace(cell, interval=shown(cell.interval)), row.metric) for cell in row.cells]
-        if compared(results):
+        if with_change:
             style = {"better": "green", "worse": "red"}.get(verdict(row), "")
             cells.append(Text(change_text(shown(row.change), row.metric), style))
         if with_paper:
@@ -186,18 +181,13 @@ def _table(
 def print_by_character(results: Results, console: Console) -> None:
     """One line for each character and one for their mean; the columns are the main metrics."""
     main = [(t, m) for t, m in results.measured if m in MAIN.get(t, ())]
-    table = Table(title=f"{results.label}, by character", title_justify="left", header_style="bold")
-    table.add_column("character")
+    table = Table("character", title=f"{results.label}, by character", **_LOOK)
     for task, name in main:
-        metric = METRICS.get(name, Metric(name, shown="number"))
         mark = f" {REWARD_MARK}" if name in results.rewarded else ""
-        table.add_column(f"{task}\n{metric.title}{mark}", justify="right")
+        table.add_column(f"{task}\n{metric_of(name).title}{mark}", justify="right")
     for character in (*results.characters, None):
-        cells = []
-        for task, name in main:
-            interval = results.interval(task, name, character)
-            metric = METRICS.get(name, Metric(name, shown="number"))
-            cells.append("" if interval is None else number(interval.mean, metric))
+        found = [(name, results.interval(task, name, character)) for task, name in main]
+        cells = ["" if known is None else number(known.mean, metric_of(name)) for name, known in found]
         if character is None:
             table.add_section()
         table.add_row(character or "mean", *cells)

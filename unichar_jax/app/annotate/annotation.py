@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from unichar_jax.app.annotate.asking import Answers, Collected, Item, Taken, collect
-from unichar_jax.app.annotate.kinds import DIFFICULTIES, Facts
+from unichar_jax.app.annotate.kinds import DIFFICULTIES, Facts, Value
 from unichar_jax.data.character import Character, Dialogue, ImageFile, Scene
 from unichar_jax.data.images import open_image
 from unichar_jax.data.rolescape import read_character
@@ -87,6 +87,15 @@ class Annotation:
             if k == kind and part in (None, p)
             for item in c.items
         ]
+
+    def first(self, kind: str, part: str | None = None) -> Value | None:
+        """The value of the first of these; None without any."""
+        return next((item.value for item in self.items(kind, part)), None)
+
+    @property
+    def description(self) -> str:
+        """The model's, where it was asked for one, else the user's."""
+        return (self.first("description") or {"description": self.character.description})["description"]
 
 
 def annotate(folder: Path, answers: Answers, wanted: Wanted, workers: int, tell: Tell) -> Annotation:
@@ -184,10 +193,9 @@ class _Work:
         )
 
     def _fields(self) -> dict[str, str]:
-        made = self.found.items("description")
         said = [f"User: {s.user}\n{self.who.name}: {s.reply}" for s in self._spoken()]
         return {
-            "description": str(made[0].value["description"]) if made else self.who.description,
+            "description": self.found.description,
             "examples": "\n\n".join(dict.fromkeys(said[:8])) or "(none)",
         }
 

@@ -173,11 +173,7 @@ def _digest(folder: Path) -> str:
 class _Writer:
     def __init__(self, found: Annotation):
         self.found, self.who = found, found.character
-        made = found.items("description")
-        self.meta = {
-            "description": str(made[0].value["description"]) if made else self.who.description,
-            "opening": self.who.opening,
-        }
+        self.meta = {"description": found.description, "opening": self.who.opening}
         self.captions = captions_of(found)
         self.base: list[list[Value]] = []
 
@@ -218,21 +214,18 @@ class _Writer:
     def _scene(
         self, image: ImageFile, scene: Scene | None, number: str, letters: Any, split: str
     ) -> list[Value] | None:
-        said = self._first("exchange", image)
+        said = self.found.first("exchange", image.id)
         if scene is None and said is None:
             return None
         spoken = {"user": scene.user, "reply": scene.reply} if scene else said
         assert spoken is not None
         machine: Value = {"role": "machine", "text": spoken["reply"], "image": number}
-        plan = self._first("plan", image) or {
+        plan = self.found.first("plan", image.id) or {
             "thinking": scene.thinking if scene else "",
             "instruction": scene.generation_instruction if scene else "",
         }
         if plan["thinking"] and plan["instruction"]:
-            machine["thinking_process"], machine["generation_instruction"] = (
-                plan["thinking"],
-                plan["instruction"],
-            )
+            machine |= {"thinking_process": plan["thinking"], "generation_instruction": plan["instruction"]}
         if split == "train":
             pairs = [dataclasses.asdict(q) for q in scene.qa_pairs] if scene else []
             machine["qa_pairs"] = pairs + [i.value for i in self.found.items("vqa", image.id)]
@@ -241,10 +234,6 @@ class _Writer:
             items.append(_choice(item, f"q{len(items) + 1}", next(letters)))
         machine["mcq_items"] = items
         return [{"role": "user", "text": spoken["user"]}, machine]
-
-    def _first(self, kind: str, image: ImageFile) -> Value | None:
-        items = self.found.items(kind, image.id)
-        return items[0].value if items else None
 
     # -- texts ----------------------------------------------------------------------------------------------
 
@@ -278,8 +267,8 @@ class _Writer:
         for kind, given in (("memorization", who.memorization), ("personality", who.personality)):
             asked = [*given, *(i.value["question"] for i in found.items(kind))]
             self._list(folder, f"{kind}_test", "test_questions", asked)
-        manner = found.items("manner")
-        text = str(manner[0].value["profile"]) + "\n" if manner else who.simplified_profile
+        manner = found.first("manner")
+        text = f"{manner['profile']}\n" if manner else who.simplified_profile
         if text.strip():
             path = folder / f"{who.name}_personality_simplified_profile.txt"
             path.write_text(text, encoding="utf-8")

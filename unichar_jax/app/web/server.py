@@ -15,7 +15,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -70,7 +70,7 @@ class Web:
             yield
             self.close()
 
-        post: Callable[..., Route] = lambda at, end: Route(at, end, methods=["POST"])  # noqa: E731
+        asked = (self.login, self.logout, self.say, self.draw, self.ask, self.stop, self.forget)
         app = Starlette(
             routes=[
                 *(Route(at, self.file) for at in FILES),
@@ -78,14 +78,8 @@ class Web:
                 Route("/pictures/{name}", self.picture),
                 Route("/api/hello", self.hello),
                 Route("/api/events", self.events),
-                post("/api/login", self.login),
-                post("/api/logout", self.logout),
-                post("/api/picture", self.upload),
-                post("/api/say", self.say),
-                post("/api/draw", self.draw),
-                post("/api/ask", self.ask),
-                post("/api/stop", self.stop),
-                post("/api/forget", self.forget),
+                Route("/api/picture", self.upload, methods=["POST"]),
+                *(Route(f"/api/{end.__name__}", end, methods=["POST"]) for end in asked),
             ],
             exception_handlers={
                 Refused: lambda _, e: JSONResponse({"message": e.message}, e.status),

@@ -68,14 +68,39 @@ class Studio:
 
     def say(self, session: Session, guest: Guest, text: str, *, picture: bool, thinking: bool) -> str:
         """A turn of the conversation; returns its entry."""
-        return self._submit(
-            session,
-            lambda key: self._say(session, guest, key, text, picture, thinking),
-            "turn",
-            guest=guest.id,
-            user=text,
-            reply="",
-        )
+
+        def work(key: str) -> None:
+            with session.lock:
+                new = RolePlay(guest.engine, guest.persona, model=guest.model)
+                play = session.plays.setdefault(guest.id, new)
+            told = ""
+
+            def on_text(piece: str) -> None:
+                nonlocal told
+                told += piece
+                _go_on(session, key)
+                session.change(key, reply=told)
+
+            _go_on(session, key, "writing")
+            seed = secrets.randbelow(2**31)
+            settings = TextSettings(max_tokens=self.settings.max_reply, temperature=TEMPERATURE)
+            on_job = functools.partial(_take, session, key)
+            turn = play.reply(text, settings, seed=seed, on_text=on_text, on_job=on_job)
+            session.change(key, reply=turn.reply, seed=seed)
+            if not picture:
+                return
+
+            _go_on(session, key, "planning" if thinking else "drawing")
+            drawing = guest.drawing(self.settings.steps, self.settings.guidance)
+            turn = play.picture(drawing, thinking=thinking, seed=seed % 100_000, on_job=on_job)
+            play.turns[-1] = replace(turn, image=None)  # the session keeps it, smaller
+            _go_on(session, key)
+            if turn.plan is not None:
+                session.change(key, thinking=turn.plan.thinking, instruction=turn.plan.instruction)
+            name = session.keep(shown(turn.image))
+            session.change(key, picture=name, picture_seed=turn.image_seed, steps=self.settings.steps)
+
+        return self._submit(session, work, "turn", guest=guest.id, user=text, reply="")
 
     def draw(
         self,
@@ -88,31 +113,36 @@ class Studio:
         seed: int | None,
     ) -> str:
         """A sheet of ``n`` drawings; returns its entry."""
-        seed = secrets.randbelow(100_000) if seed is None else seed
+        first = secrets.randbelow(100_000) if seed is None else seed
+
+        def work(key: str) -> None:
+            _go_on(session, key, "drawing")
+            drawing = guest.drawing(steps, guidance)
+            job = guest.engine.submit_images(prompt, n, drawing, seed=first, model=guest.model, wait=True)
+            done: list[dict[str, object]] = []
+            for image in _pieces(job, session, key):
+                done.append({"name": session.keep(shown(image)), "seed": first + len(done)})
+                session.change(key, pictures=list(done))
+
+        how = {"steps": steps, "guidance": guidance, "seed": first}
         return self._submit(
-            session,
-            lambda key: self._draw(session, guest, key, prompt, n, steps, guidance, seed),
-            "sheet",
-            guest=guest.id,
-            prompt=prompt,
-            pictures=[],
-            wanted=n,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
+            session, work, "sheet", guest=guest.id, prompt=prompt, pictures=[], wanted=n, **how
         )
 
     def ask(self, session: Session, guest: Guest, question: str, name: str, picture: Shown) -> str:
         """A question about a picture; returns its entry."""
-        return self._submit(
-            session,
-            lambda key: self._ask(session, guest, key, question, picture),
-            "answer",
-            guest=guest.id,
-            question=question,
-            picture=name,
-            text="",
-        )
+
+        def work(key: str) -> None:
+            _go_on(session, key, "writing")
+            settings = TextSettings(max_tokens=self.settings.max_reply)
+            job = guest.engine.submit_text(question, picture.image(), settings, model=guest.model, wait=True)
+            told = ""
+            for piece in _pieces(job, session, key):
+                told += piece
+                session.change(key, text=told)
+            session.change(key, text=job.result())
+
+        return self._submit(session, work, "answer", guest=guest.id, question=question, picture=name, text="")
 
     def stop(self, session: Session, key: str) -> None:
         """Ends an entry's work, a drawing between two of its chunks of steps; what is there stays."""
@@ -179,72 +209,6 @@ class Studio:
                 self._waiting -= 1
                 session.running = False
             self._next(session)
-
-    # -- the work -------------------------------------------------------------------------------------------
-
-    def _say(
-        self, session: Session, guest: Guest, key: str, text: str, picture: bool, thinking: bool
-    ) -> None:
-        with session.lock:
-            play = session.plays.setdefault(
-                guest.id, RolePlay(guest.engine, guest.persona, model=guest.model)
-            )
-        told = ""
-
-        def on_text(piece: str) -> None:
-            nonlocal told
-            told += piece
-            _go_on(session, key)
-            session.change(key, reply=told)
-
-        _go_on(session, key, "writing")
-        seed = secrets.randbelow(2**31)
-        settings = TextSettings(max_tokens=self.settings.max_reply, temperature=TEMPERATURE)
-        on_job = functools.partial(_take, session, key)
-        turn = play.reply(text, settings, seed=seed, on_text=on_text, on_job=on_job)
-        session.change(key, reply=turn.reply, seed=seed)
-        if not picture:
-            return
-
-        _go_on(session, key, "planning" if thinking else "drawing")
-        settings_of_drawing = guest.drawing(self.settings.steps, self.settings.guidance)
-        turn = play.picture(settings_of_drawing, thinking=thinking, seed=seed % 100_000, on_job=on_job)
-        play.turns[-1] = replace(turn, image=None)  # the session keeps it, smaller
-        _go_on(session, key)
-        if turn.plan is not None:
-            session.change(key, thinking=turn.plan.thinking, instruction=turn.plan.instruction)
-        name = session.keep(shown(turn.image))
-        session.change(key, picture=name, picture_seed=turn.image_seed, steps=self.settings.steps)
-
-    def _draw(
-        self,
-        session: Session,
-        guest: Guest,
-        key: str,
-        prompt: str,
-        n: int,
-        steps: int,
-        guidance: float,
-        seed: int,
-    ) -> None:
-        _go_on(session, key, "drawing")
-        job = guest.engine.submit_images(
-            prompt, n, guest.drawing(steps, guidance), seed=seed, model=guest.model, wait=True
-        )
-        done: list[dict[str, object]] = []
-        for image in _pieces(job, session, key):
-            done.append({"name": session.keep(shown(image)), "seed": seed + len(done)})
-            session.change(key, pictures=list(done))
-
-    def _ask(self, session: Session, guest: Guest, key: str, question: str, picture: Shown) -> None:
-        _go_on(session, key, "writing")
-        settings = TextSettings(max_tokens=self.settings.max_reply)
-        job = guest.engine.submit_text(question, picture.image(), settings, model=guest.model, wait=True)
-        told = ""
-        for piece in _pieces(job, session, key):
-            told += piece
-            session.change(key, text=told)
-        session.change(key, text=job.result())
 
 
 def _go_on(session: Session, key: str, status: str | None = None) -> None:
