@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -301,16 +302,20 @@ def rolescape_tokenizer(rolescape_dir, tmp_path_factory) -> Tokenizer:
     return train_tokenizer(texts, 8000, tmp_path_factory.mktemp("rolescape_tokenizer"))
 
 
+DRAWN = ("t2i", "t2i_with_thinking", "pure_t2i", "t2i_generation_instruction_only")
+
+
+def _blank(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.zeros((len(images), images.shape[1] * images.shape[2] // 256, 1), np.float32)
+    return tokens, tokens
+
+
 def test_real_characters_fill_their_rows(rolescape_dir, rolescape_tokenizer):
     """All tasks of all characters over 200 sequences: fill, frequencies, waiting."""
     model = dataclasses.replace(model_preset("bagel-7b"), special_tokens=SpecialTokens(1, 2, 3, 4))
     cfg = DataConfig(path=str(rolescape_dir), cache_dir="")
 
-    def blank(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.zeros((len(images), images.shape[1] * images.shape[2] // 256, 1), np.float32)
-        return tokens, tokens
-
-    real = make_loader(cfg, model, rolescape_tokenizer, blank)
+    real = make_loader(cfg, model, rolescape_tokenizer, _blank)
     planner = real.planner
     assert set(real.tasks) == set(TASKS)
     assert not real.left_out
@@ -330,6 +335,45 @@ def test_real_characters_fill_their_rows(rolescape_dir, rolescape_tokenizer):
         assert counts[task] / total == pytest.approx(weight, rel=0.02)
     order = planner.schedule.draws(planner.schedule.start, total)
     assert max(placed[d.source, d.number] - 200 * i // total for i, d in enumerate(order)) <= 50
+
+
+@pytest.mark.parametrize("name", ["Adrien Brody", "Bo", "Furina", "Ichihime", "Pikachu", "YuiYagi"])
+def test_each_real_character_fills_its_rows_with_exact_weights(name, rolescape_dir, rolescape_tokenizer):
+    model = dataclasses.replace(model_preset("bagel-7b"), special_tokens=SpecialTokens(1, 2, 3, 4))
+    cfg = DataConfig(path=str(rolescape_dir), cache_dir="", characters=(name,))
+    alone = make_loader(cfg, model, rolescape_tokenizer, _blank)
+    assert alone.mixture.task_weights() == pytest.approx(
+        {
+            **dict.fromkeys(DRAWN, 0.25 / len(DRAWN)),
+            "vqa": 0.25,
+            "vlm_extension": 0.25,
+            "knowledge_qa": 0.125,
+            "vlm_thinking": 0.075,
+            "vlm": 0.05,
+        }
+    )
+    planner = alone.planner
+    used = sum(planner.sizes[d.source][d.sample].sum() for n in range(200) for d in planner.sequence(n))
+    assert used / (200 * alone.capacities.total) >= 0.88
+
+
+def test_the_log_names_what_would_fill_rows(rolescape_dir, rolescape_tokenizer):
+    """One character with few large pictures: the setting that the log names does what it says."""
+    model = dataclasses.replace(model_preset("bagel-7b"), special_tokens=SpecialTokens(1, 2, 3, 4))
+    cfg = DataConfig(path=str(rolescape_dir), cache_dir="", characters=("Furina",))
+    told = make_loader(cfg, model, rolescape_tokenizer, _blank).describe()
+    said = re.search(
+        r"; vit ends them\n[\s\S]*vit is full before\. data\.tokens_per_row (\d+) would fill about (\d+) %",
+        told,
+    )
+    assert said, told
+    longer = make_loader(
+        dataclasses.replace(cfg, tokens_per_row=int(said[1])), model, rolescape_tokenizer, _blank
+    )
+    assert f"about {said[2]} % full" in longer.describe()
+    assert int(said[2]) >= 95
+    fixed = dataclasses.replace(cfg, capacities=(4000, 6000, 5000))
+    assert "Leave data.capacities out" in make_loader(fixed, model, rolescape_tokenizer, _blank).describe()
 
 
 def test_real_characters_resume_exactly(rolescape_dir, rolescape_tokenizer, tmp_path):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from unichar_jax.errors import UserError
 from unichar_jax.evaluation import tables
 from unichar_jax.evaluation.items import TASKS
 from unichar_jax.evaluation.results import METRICS, Results
+from unichar_jax.files import write_text
 from unichar_jax.sampling.session import RolePlay
 from unichar_jax.training import metrics as metrics_log
 
@@ -141,13 +141,9 @@ def write_report(report: Report, path: str | Path) -> Path:
     """Saves the page, whole or not at all."""
     path = Path(path)
     page = render(report)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, page)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: the report cannot be written ({error}); give another place.") from None
     return path
 

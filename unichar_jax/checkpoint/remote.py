@@ -8,7 +8,6 @@ append to a file. Models and data are copied down once (``fetched``).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from etils import epath
 
 from unichar_jax.errors import UserError
+from unichar_jax.files import digest, replacing
 
 CHECKPOINTS = "checkpoints"
 _NOT_NEEDED = "optimizer"  # the item of a checkpoint that only the run itself reads
@@ -30,8 +30,9 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 def _local_name(path: str) -> Path:
     """Where the local copy of a remote folder is."""
     home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    digest = hashlib.sha256(path.encode()).hexdigest()[:12]
-    return Path(home) / "unichar_jax" / "remote" / f"{digest}-{path.rstrip('/').rsplit('/', 1)[-1]}"
+    return (
+        Path(home) / "unichar_jax" / "remote" / f"{digest(path)[:12]}-{path.rstrip('/').rsplit('/', 1)[-1]}"
+    )
 
 
 def _files(folder: epath.Path, parts: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -46,13 +47,12 @@ def _files(folder: epath.Path, parts: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
     """One file, so that a copy that was interrupted is not taken for the file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     if is_remote(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         source.copy(target, overwrite=True)  # a bucket shows an object when it is whole
         return
-    beside = target.parent / f".{target.name}.unfinished"
-    source.copy(beside, overwrite=True)
-    beside.replace(target)
+    with replacing(target) as made:
+        source.copy(made, overwrite=True)
 
 
 def fetched(path: str) -> Path:

@@ -11,10 +11,6 @@ that holds the encoder; a copy of the cache sent to a worker can only read.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,6 +22,7 @@ from PIL import Image
 
 from unichar_jax.data.character import ImageFile
 from unichar_jax.data.images import ImageTransform, content_of, open_image, patchify
+from unichar_jax.files import digest, replacing
 
 MomentsFn = Callable[[np.ndarray], tuple[Any, Any]]
 """Images float32 ``[B, H, W, 3]`` in [-1, 1] to the posterior's mean and log-variance in latent
@@ -39,7 +36,7 @@ def identify(moments: MomentsFn, side: int) -> str:
     """
     noise = np.random.default_rng(0).uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
     said = b"".join(np.asarray(x, np.float16).tobytes() for x in moments(noise))
-    return hashlib.sha256(said).hexdigest()[:16]
+    return digest(said)[:16]
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ class ImageCache:
             content = self.content(picture)
         width, height = transform.size(picture.width, picture.height, img_num)
         what = f"{content} {width}x{height} {transform.stride} {transform.square}"
-        return f"{kind}/{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
+        return f"{kind}/{digest(what)[:32]}.npy"
 
     def _get(self, name: str, tokens: int, compute: Callable[[], np.ndarray], axis: int = 0) -> np.ndarray:
         value = self._read(name, tokens, axis) if name else None
@@ -198,17 +195,8 @@ class ImageCache:
         if self.folder is None:
             self._memory[name] = value
             return
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, value)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with replacing(self.folder / name) as made:
+            np.save(made, value)
 
 
 _HEADERS = threading.Lock()

@@ -9,7 +9,6 @@ the folder it is given.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from unichar_jax.data.rl_prompts import WITH_QUESTIONS, WITHOUT_QUESTIONS, scan_
 from unichar_jax.data.rolescape import find_characters, scan_character
 from unichar_jax.data.tasks import TASKS, TEST_SETS, eval_items, samples
 from unichar_jax.errors import UserError
+from unichar_jax.files import digest
 from unichar_jax.records import Finding, Findings
 
 
@@ -174,7 +174,7 @@ def _compare_splits(train: Character, test: Character) -> tuple[Finding, ...]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest(path.read_bytes())
 
 
 def _check_prompts(path: Path, name: str) -> FolderReport:

@@ -345,7 +345,7 @@ class Loader:
         text, vit, latent = self.capacities
         lines.append(
             f"  rows of {self.capacities.total} tokens (text {text}, vit {vit}, latent {latent}),"
-            f" about {100 * self._trial.fill:.0f} % full"
+            f" about {100 * self._trial.fill:.0f} % full; {self._trial.limit} ends them"
         )
         lines += self._advice()
         lines += [f"  note: {note}" for note in self.mixture.notes]
@@ -356,15 +356,30 @@ class Loader:
 
     def _advice(self) -> list[str]:
         """Why rows stay partly empty, where they do."""
-        parts = zip(Sizes._fields, self._trial.used, self.capacities, strict=True)
-        name, used, room = min((p for p in parts if p[2]), key=lambda p: p[1] / p[2])
         if self._trial.fill >= 0.945:
             return []
+        name = self._trial.emptiest
+        room, used = getattr(self.capacities, name), self._trial.used[Sizes._fields.index(name)]
         return [
             f"  note: of {room} {name} tokens a row uses {used:.0f}: the budget must hold the largest sample,"
-            " but the mixture has few of them. A recipe with more of these tasks, smaller pictures or longer"
-            " rows would fill it."
+            f" and {self._trial.limit} is full before. {self._remedy()}"
         ]
+
+    def _remedy(self) -> str:
+        """The one setting that fills rows better, tried."""
+        cfg = self._rows.cfg
+        if cfg.capacities:
+            return "Leave data.capacities out, so that they are derived."
+        tried = {
+            tokens: capacities.derive_capacities(
+                self.mixture, self.planner.sizes, tokens, cfg.seed, cfg.window
+            ).fill
+            for tokens in (2 * cfg.tokens_per_row, 3 * cfg.tokens_per_row)
+        }
+        tokens, fill = max(tried.items(), key=lambda item: item[1])
+        if fill < self._trial.fill + 0.01:
+            return "Longer rows do not help; other sizes of pictures may (data.look_max, data.draw_max)."
+        return f"data.tokens_per_row {tokens} would fill about {100 * fill:.0f} %."
 
 
 def _fingerprint(rows: _Rows, mixture: Mixture) -> str:
@@ -435,11 +450,8 @@ def make_loader(
     )
     mixture = dataclasses.replace(mixture, notes=(*mixture.notes, *notes))
     ordered = [sizes[key] for key in mixture.keys]
-    budget = cfg.tokens_per_row if fixed is None else fixed.total
-    if _recipe(cfg).follow_budgets:
-        mixture, chosen = capacities.balance(mixture, ordered, budget, cfg.seed, cfg.window, fixed)
-    elif fixed is None:
-        chosen = capacities.derive_capacities(mixture, ordered, budget, cfg.seed, cfg.window)
+    if fixed is None:
+        chosen = capacities.derive_capacities(mixture, ordered, cfg.tokens_per_row, cfg.seed, cfg.window)
     else:
         chosen = capacities.try_capacities(mixture, ordered, fixed, cfg.seed, cfg.window)
     schedule = Schedule(mixture.keys, mixture.weights, [s.sum(axis=1) for s in ordered], cfg.seed)

@@ -43,13 +43,10 @@ class Recipe:
     Attributes:
       groups: what is mixed; shares are portions of the samples.
       why: the reason, for the reader.
-      follow_budgets: where pictures decide how full rows get, the groups' shares may move so that the
-        three budgets fill together (``capacities.balance``).
     """
 
     groups: tuple[Group, ...]
     why: str
-    follow_budgets: bool = False
 
 
 def _reference(drawings_per_text: float, t2i: tuple[str, ...], vlm: tuple[str, ...]) -> Recipe:
@@ -87,7 +84,6 @@ RECIPES: Mapping[str, Recipe] = {
         "a quarter of the samples drawn, a quarter looked at, half spoken: every step learns all three."
         " At BAGEL's sizes that is about as many image tokens looked at as drawn and a seventh for words;"
         " the reference shows a line of dialogue about once for every four drawings",
-        follow_budgets=True,
     ),
     "base": _reference(4.46, ("t2i",), ("vlm",)),
     "extension": _reference(4.49, ("t2i",), ("vlm_extension",)),
@@ -139,19 +135,12 @@ class Mixture:
 
     Attributes:
       weights: by source.
-      groups: the recipe's groups that are present, as the indices of their sources.
       notes: what the recipe asked for and the data lack.
     """
 
     keys: tuple[SourceKey, ...]
     weights: tuple[float, ...]
-    groups: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...] = ()
-
-    def with_weights(self, weights: Sequence[float] | np.ndarray) -> Mixture:
-        """The same sources with other weights, in any unit."""
-        scaled = np.asarray(weights) / np.sum(weights)
-        return dataclasses.replace(self, weights=tuple(scaled.tolist()))
 
     def task_weights(self) -> dict[str, float]:
         """Weight of each task, over all characters."""
@@ -187,7 +176,6 @@ def resolve(
             )
     keys: list[SourceKey] = []
     weights: list[float] = []
-    groups: list[tuple[int, ...]] = []
     notes: list[str] = []
     for group in recipe.groups:
         inside: dict[SourceKey, float] = {}
@@ -204,7 +192,6 @@ def resolve(
         if not inside:
             continue
         total = sum(inside.values())
-        groups.append(tuple(range(len(keys), len(keys) + len(inside))))
         keys += inside
         weights += [group.share * w / total for w in inside.values()]
     if not keys:
@@ -214,7 +201,7 @@ def resolve(
             " run `unichar data check` to see what the characters lack."
         )
     total = sum(weights)
-    return Mixture(tuple(keys), tuple(w / total for w in weights), tuple(groups), tuple(notes))
+    return Mixture(tuple(keys), tuple(w / total for w in weights), tuple(notes))
 
 
 # -- order ---------------------------------------------------------------------------------------

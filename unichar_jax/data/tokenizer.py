@@ -10,7 +10,6 @@ Nothing here downloads anything, truncates, pads, or knows of prompts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from unichar_jax.config.model import ModelConfig, SpecialTokens
 from unichar_jax.data import templates
 from unichar_jax.errors import UserError
+from unichar_jax.files import digest
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
@@ -64,7 +64,7 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the ids, to tell data made with another tokenizer."""
-        return hashlib.sha256(self._backend.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+        return digest(self._backend.backend_tokenizer.to_str())[:16]
 
 
 def load_tokenizer(folder: str | Path, model: ModelConfig | None = None) -> Tokenizer:

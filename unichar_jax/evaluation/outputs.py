@@ -9,9 +9,7 @@ that was cut off is ignored.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from PIL import Image
 
 from unichar_jax.errors import UserError
 from unichar_jax.evaluation.items import Item
+from unichar_jax.files import digest, replacing
 
 PICTURES = "pictures"
 
@@ -50,7 +49,7 @@ def output_key(item: Item, seed: int, fingerprint: str) -> str:
     asked = [item.prompt.text, item.reference, item.described_by, [list(o) for o in item.options]]
     seen = None if image is None else [image.name, image.stat().st_size]
     told = json.dumps([_FORMAT, item.task, item.character, item.key, seed, fingerprint, asked, seen])
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    return digest(told)[:24]
 
 
 class OutputStore:
@@ -142,7 +141,5 @@ def _read(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as made:
+        picture.save(made, format="PNG")

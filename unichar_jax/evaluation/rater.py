@@ -8,7 +8,6 @@ question and the reply, nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import string
@@ -21,6 +20,7 @@ from pathlib import Path
 from threading import Lock
 
 from unichar_jax.evaluation.endpoint import Endpoint, chat, persist
+from unichar_jax.files import digest
 
 LOWEST, HIGHEST = 1, 7
 RUBRICS = ("memorization", "personality")
@@ -89,7 +89,7 @@ class Rater:
     def _rate(self, reply: Reply) -> int | None:
         prompt = reply.prompt()
         told = json.dumps([self.endpoint.url, self.endpoint.model, prompt])
-        key = hashlib.sha256(told.encode()).hexdigest()[:24]
+        key = digest(told)[:24]
         if key not in self._known:
             answer = self._persist(prompt)
             self._remember(key, parse_score(answer), answer)

@@ -7,7 +7,6 @@ later. Everything is plain JSON. Nothing here asks a model.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from unichar_jax.errors import UserError
 from unichar_jax.evaluation.stats import Interval, Values, mean_interval, paired_difference
+from unichar_jax.files import write_text
 
 FORMAT = 1
 
@@ -200,10 +200,7 @@ class Results:
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file, complete or not at all."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, self.to_json())
         return path
 
     @classmethod

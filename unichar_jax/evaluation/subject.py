@@ -7,7 +7,6 @@ result depends on its own prompt and seed only. A subject knows nothing of tasks
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from unichar_jax.evaluation.likelihood import answer_log_probs
+from unichar_jax.files import digest
 from unichar_jax.sampling.batching import Job, gather
 from unichar_jax.sampling.context import Part
 from unichar_jax.sampling.engine import EDITING, Engine
@@ -153,4 +153,4 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 
 def _digest(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    return digest("\n".join(texts))[:16]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unichar_jax.errors import UserError, listed
+from unichar_jax.files import digest
 
 COORDINATOR, COUNT, INDEX = "UNICHAR_COORDINATOR", "UNICHAR_NUM_PROCESSES", "UNICHAR_PROCESS_INDEX"
 PORT = 8476
@@ -225,10 +225,8 @@ def expand_nodes(text: str) -> list[str]:
 def source_digest() -> str:
     """Changes with any line of this package's Python."""
     package = Path(__file__).parents[1]
-    told = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        told.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    return told.hexdigest()[:12]
+    sources = sorted(package.rglob("*.py"))
+    return digest(*(p.relative_to(package).as_posix().encode() + p.read_bytes() for p in sources))[:12]
 
 
 def facts(place: Place, config: Any) -> dict[str, Any]:
@@ -240,7 +238,7 @@ def facts(place: Place, config: Any) -> dict[str, Any]:
         "host": socket.gethostname(),
         "same": {
             "number of processes": place.count,
-            "config": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12],
+            "config": digest(json.dumps(fields, sort_keys=True))[:12],
             "unichar-jax": source_digest(),
             "python": platform.python_version(),
             **versions,

@@ -10,7 +10,6 @@ logging are elsewhere.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from PIL import Image
 from unichar_jax.data.images import to_rgb
 from unichar_jax.data.rl_prompts import RLQuestion
 from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.files import digest
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class References:
 def content_key(array: np.ndarray) -> str:
     """A digest of an array's shape, dtype and bytes."""
     head = f"{array.shape}{array.dtype}".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
+    return digest(head, np.ascontiguousarray(array).tobytes())
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unichar_jax.files import write_text
 from unichar_jax.parallel.chips import peak_flops
 from unichar_jax.training.writers import Writer
 
@@ -212,9 +213,7 @@ def memory() -> dict[str, float]:
 
 def rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Replaces a JSONL file, completely or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(r) + "\n" for r in records))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from unichar_jax.data.character import Character
 from unichar_jax.data.layout import Sizes, TextPart, Tokens
 from unichar_jax.data.rolescape import find_characters, read_character, short_name
 from unichar_jax.data.tokenizer import Tokenizer
+from unichar_jax.files import replacing
 from unichar_jax.models.autoencoder import Autoencoder
 from unichar_jax.models.streams import Batch
 from unichar_jax.models.unified import UnifiedModel
@@ -170,7 +171,5 @@ class Sheet:
 
 def save_picture(folder: Path, name: str, picture: np.ndarray) -> None:
     """Writes a PNG, completely or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}"
-    Image.fromarray(picture).save(temporary, format="PNG")
-    temporary.replace(folder / name)
+    with replacing(folder / name) as made:
+        Image.fromarray(picture).save(made, format="PNG")

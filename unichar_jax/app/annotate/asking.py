@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import string
@@ -15,6 +14,7 @@ from typing import Any
 
 from unichar_jax.app.annotate.kinds import KINDS, Facts, Reject, Value, plain
 from unichar_jax.data.images import content_of
+from unichar_jax.files import digest
 
 Ask = Callable[[str, Path | None], str]
 """A prompt and a picture to the model's answer."""
@@ -92,7 +92,7 @@ class Answers:
         """The answer; ``attempt`` tells apart when the same is asked again."""
         seen = content_of(image) if image else ""
         told = json.dumps([self._who, prompt, seen, attempt])
-        key = hashlib.sha256(told.encode()).hexdigest()[:24]
+        key = digest(told)[:24]
         if key not in self._known:
             answer = self._ask(prompt, image)
             line = json.dumps({"key": key, "answer": answer}) + "\n"
@@ -189,8 +189,7 @@ def collect(
                 complaints.append(str(error))
                 continue
             known.add(gist)
-            digest = hashlib.sha256(gist.encode()).hexdigest()[:8]
-            name = "-".join(p for p in (kind_name, part, digest) if p)
+            name = "-".join(p for p in (kind_name, part, digest(gist)[:8]) if p)
             found.items.append(Item(name, kind_name, part, clean))
         fruitless = 0 if len(found.items) > before else fruitless + 1
         tell(len(found.items))

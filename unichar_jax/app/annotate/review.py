@@ -20,6 +20,7 @@ from unichar_jax.app.annotate.kinds import KINDS
 from unichar_jax.app.annotate.writing import Decisions
 from unichar_jax.data.character import ImageFile
 from unichar_jax.data.images import open_image
+from unichar_jax.files import write_text
 
 _SIDE = 256
 
@@ -49,9 +50,7 @@ def write_review(found: Annotation, decisions: Decisions, path: Path) -> Path:
         # "<" cannot end the script element that holds the data.
         data=json.dumps(shown, ensure_ascii=False).replace("<", "\\u003c"),
     )
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
     return path
 
 

@@ -8,7 +8,6 @@ before they take their place, and are never put over something that was not writ
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import tempfile
@@ -29,6 +28,7 @@ from unichar_jax.data.character import Character, ChoiceQuestion, ImageFile, Sce
 from unichar_jax.data.rl_prompts import WITH_QUESTIONS, WITHOUT_QUESTIONS, read_rl_prompts
 from unichar_jax.data.rolescape import read_character
 from unichar_jax.errors import UserError
+from unichar_jax.files import digest
 
 WRITTEN = "written.json"
 
@@ -164,10 +164,9 @@ def write(found: Annotation, places: Places) -> None:
 
 
 def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    inside = sorted(p for p in folder.rglob("*") if p.is_file())
+    told = (f"{p.relative_to(folder)}\0".encode() + bytes.fromhex(digest(p.read_bytes())) for p in inside)
+    return digest(*told)
 
 
 class _Writer:

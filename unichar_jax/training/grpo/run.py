@@ -8,7 +8,6 @@ is new is the ``Trainer`` as the loop's step and rounds of prompts as its data. 
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from unichar_jax.config.grpo import GRPOConfig
 from unichar_jax.data.images import READ_NAMES, ImageError, open_image
 from unichar_jax.data.rl_prompts import RLPrompt, read_rl_prompts
 from unichar_jax.errors import UserError
+from unichar_jax.files import digest
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import distributed
 from unichar_jax.parallel import mesh as mesh_lib
@@ -63,11 +63,10 @@ def split_prompts(prompts: Sequence[RLPrompt], held_out: int) -> tuple[list[RLPr
             f"held_out {held_out}: the file has {len(prompts)} prompts, so none is left to"
             " train on; lower it."
         )
-    digest = lambda p: hashlib.sha256(p.text.encode()).hexdigest()  # noqa: E731
-    chosen = set(map(digest, sorted(prompts, key=digest)[:held_out]))
+    chosen = set(sorted(digest(p.text) for p in prompts)[:held_out])
     return (
-        [p for p in prompts if digest(p) not in chosen],
-        [p for p in prompts if digest(p) in chosen],
+        [p for p in prompts if digest(p.text) not in chosen],
+        [p for p in prompts if digest(p.text) in chosen],
     )
 
 
