@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.unpacking import unpack
 from unichar_jax.config.model import SpecialTokens, model_preset
 from unichar_jax.data.images import position_ids
 from unichar_jax.data.layout import (
@@ -23,7 +24,6 @@ from unichar_jax.data.layout import (
     collate,
     lay_out,
     sizes,
-    unpack,
 )
 from unichar_jax.models.streams import TokenMeta, visible
 

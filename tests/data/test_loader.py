@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import draw_picture, write_tiny_character
+from tests.data.unpacking import unpack
 from unichar_jax.config.data import DataConfig
 from unichar_jax.config.model import SpecialTokens, model_preset
 from unichar_jax.data.cache import GeneratedImage
 from unichar_jax.data.images import open_image, patchify
-from unichar_jax.data.layout import Sizes, unpack
+from unichar_jax.data.layout import Sizes
 from unichar_jax.data.loader import Loader, make_loader, read_samples
 from unichar_jax.data.prefetch import Prefetch
 from unichar_jax.data.rolescape import find_characters, read_character

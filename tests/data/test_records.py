@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from tests.data.published import processed_rows
 from unichar_jax.data.rl_prompts import read_rl_prompts
 from unichar_jax.data.rolescape import read_character, scan_character
-from unichar_jax.data.tasks import TASKS, processed_rows
+from unichar_jax.data.tasks import TASKS
 from unichar_jax.records import LITERAL, Findings, Record
 
 TESS = "train/Friends-Tess"

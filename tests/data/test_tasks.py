@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.data.published import processed_rows
 from unichar_jax.data import templates
 from unichar_jax.data.rolescape import find_characters, read_character
 from unichar_jax.data.tasks import (
@@ -12,7 +13,6 @@ from unichar_jax.data.tasks import (
     TEST_SETS,
     VLM_TASKS,
     eval_items,
-    processed_rows,
     samples,
 )
 from unichar_jax.errors import UserError

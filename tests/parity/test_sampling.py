@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.parity import golden
+from tests.sampling.decoding import decode
 from unichar_jax.checkpoint import table
 from unichar_jax.data.images import position_ids
 from unichar_jax.models.autoencoder import patchify, unpatchify
@@ -85,7 +86,7 @@ def test_greedy_decoding_gives_the_tokens_and_logits_of_the_reference(name: str)
     data, model, cache = golden.tensors(), golden.model(), read(CONTEXTS[name])
     expected = data[f"decode.{name}.tokens"]
     assert expected[0] == golden.config().special_tokens.bos
-    tokens, state = text.decode(model, cache, [text.TextSettings(max_tokens=len(expected) - 1)])
+    tokens, state = decode(model, cache, [text.TextSettings(max_tokens=len(expected) - 1)])
     assert tokens[0] == expected[1:].tolist()
     assert int(state.cache.length[0]) == int(cache.length[0]) + len(expected) - 1
 

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.sampling.decoding import decode
 from unichar_jax.data import templates
 from unichar_jax.data.images import ImageError
 from unichar_jax.errors import UserError
 from unichar_jax.sampling import cache as kv
-from unichar_jax.sampling import context, flow, pixels, text
+from unichar_jax.sampling import context, flow, pixels
 from unichar_jax.sampling.batching import Cancelled, EngineBusy
 from unichar_jax.sampling.engine import EDITING, Engine, EngineConfig
 from unichar_jax.sampling.flow import FlowSettings, Guidance
 from unichar_jax.sampling.text import TextSettings
+from unichar_jax.sampling.tracing import compilations
 
 from .conftest import CONFIG
 
@@ -49,7 +51,7 @@ def test_text_in_a_batch_is_the_text_alone(engine: Engine, model, tokenizer) -> 
     # Below the engine: the same by hand.
     ids = np.array([[1, *tokenizer.encode(prompts[1]), 2]], np.int32)
     cache = kv.prefill_text(model, kv.empty(model, 1, 64), ids, np.array(ids.shape[1:]))
-    tokens, _ = text.decode(model, cache, [SHORT])
+    tokens, _ = decode(model, cache, [SHORT])
     assert together[1] == tokenizer.decode(tokens[0])
 
 
@@ -288,7 +290,7 @@ def test_fifty_concurrent_requests_are_answered_as_one_would_be(engine: Engine) 
 def test_a_long_session_compiles_a_bounded_number_of_programs(engine: Engine) -> None:
     """Thirty turns of growing, varied length: at most one program for each bucket of each kind."""
     rng, prompt, lengths = np.random.default_rng(0), "once upon a time", []
-    before = engine.num_compilations
+    before = sum(compilations().values())
     for turn in range(30):
         prompt += " word" * int(rng.integers(1, 9)) + f" {turn}"
         lengths.append(context.num_tokens([engine.parts.text(prompt)]))
@@ -297,19 +299,19 @@ def test_a_long_session_compiles_a_bounded_number_of_programs(engine: Engine) ->
     added = {kv.bucket(int(n) + 1, context.MIN_TEXT) for n in [lengths[0], *np.diff(lengths)]}
     # Reading, decoding, copying from and to each capacity, an empty cache.
     bound = len(capacities) * (len(added) + 5)
-    assert 0 < engine.num_compilations - before <= bound < 60
-    before = engine.num_compilations
+    assert 0 < sum(compilations().values()) - before <= bound < 60
+    before = sum(compilations().values())
     engine.answer(None, prompt, TextSettings(max_tokens=7))
-    assert engine.num_compilations == before
+    assert sum(compilations().values()) == before
 
 
 def test_another_model_of_the_same_sizes_compiles_nothing(engine: Engine, model) -> None:
     expected = engine.answer(None, "hello", SHORT)
-    before = engine.num_compilations
+    before = sum(compilations().values())
     engine.add_model("other", jax.tree.map(lambda x: x * np.float32(0.9), model))
     assert engine.answer(None, "hello", SHORT, model="other") != expected
     assert engine.answer(None, "hello", SHORT) == expected
-    assert engine.num_compilations == before
+    assert sum(compilations().values()) == before
 
 
 def test_models_and_settings_are_checked(engine: Engine, model) -> None:

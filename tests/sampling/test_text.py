@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.sampling.decoding import decode
 from unichar_jax.errors import UserError
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
@@ -77,22 +78,22 @@ def test_decoding_a_batch_is_decoding_each_row(model: UnifiedModel, read: kv.KVC
         TextSettings(max_tokens=4, temperature=0.8, seed=3),
         TextSettings(max_tokens=9, temperature=0.8, top_p=0.9, seed=4),
     ]
-    together, state = text.decode(model, read, settings)
+    together, state = decode(model, read, settings)
     assert [len(t) for t in together] == [9, 4, 9]
     np.testing.assert_array_equal(state.cache.length, read.length + np.array([9, 4, 9]))
     for row, expected in enumerate(together):
-        alone, _ = text.decode(model, kv.take(read, np.array([row])), [settings[row]])
+        alone, _ = decode(model, kv.take(read, np.array([row])), [settings[row]])
         assert alone[0] == expected
 
 
 def test_a_row_ends_at_eos_and_its_neighbours_go_on(model: UnifiedModel, read: kv.KVCache) -> None:
     settings = [TextSettings(max_tokens=9, temperature=0.9, seed=s) for s in range(3)]
-    free, _ = text.decode(model, read, settings)
+    free, _ = decode(model, read, settings)
     ending = copy.copy(model)  # the same weights, with another token as its end
     eos = free[0][4]
     special = replace(model.cfg.special_tokens, eos=eos)
     ending.cfg = replace(model.cfg, special_tokens=special)
-    ended, state = text.decode(ending, read, settings)
+    ended, state = decode(ending, read, settings)
     for got, all_tokens in zip(ended, free, strict=True):
         cut = all_tokens.index(eos) if eos in all_tokens else len(all_tokens)
         assert got == all_tokens[:cut]
@@ -103,7 +104,7 @@ def test_a_row_ends_at_eos_and_its_neighbours_go_on(model: UnifiedModel, read: k
 
 def test_streaming_gives_the_same_text_in_pieces(model: UnifiedModel, read: kv.KVCache, tokenizer) -> None:
     settings = [TextSettings(max_tokens=n) for n in (20, 3)]  # the third row is padding
-    whole, _ = text.decode(model, read, [*settings, TextSettings(max_tokens=1)])
+    whole, _ = decode(model, read, [*settings, TextSettings(max_tokens=1)])
     pieces: list[tuple[int, str]] = []
     texts = text.stream(model, read, tokenizer, settings, lambda row, piece: pieces.append((row, piece)))
     for row, got in enumerate(texts):
@@ -124,7 +125,7 @@ def test_cancelling_ends_one_row(model: UnifiedModel, read: kv.KVCache, tokenize
 
 
 def test_log_probs_are_those_of_decoding(model: UnifiedModel, read: kv.KVCache) -> None:
-    tokens, _ = text.decode(model, read, [TextSettings(max_tokens=5)] * 3)
+    tokens, _ = decode(model, read, [TextSettings(max_tokens=5)] * 3)
     ids = np.array([[BOS, *row] for row in tokens], np.int32)
     log_probs = text.token_log_probs(model, read, ids, np.array([6, 3, 6], np.int32))
     assert np.all(np.asarray(log_probs)[1, 2:] == 0)

@@ -18,6 +18,7 @@ from etils import epath
 from unichar_jax.checkpoint.remote import fetched
 from unichar_jax.config import presets
 from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.files import write_text
 
 INFO_FILE = "run.json"
 OLD_FILE = "config.json"
@@ -85,9 +86,7 @@ def read_info(run: str | Path) -> RunInfo:
 
 def write_info(run: Path, info: RunInfo) -> None:
     """Writes it, at once; and what is left of version 0.1.0's file goes."""
-    temporary = run / f".{INFO_FILE}"
-    temporary.write_text(json.dumps(dataclasses.asdict(info), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(run / INFO_FILE)
+    write_text(run / INFO_FILE, json.dumps(dataclasses.asdict(info), indent=2, ensure_ascii=False) + "\n")
     if is_settings(run / OLD_FILE):
         (run / OLD_FILE).unlink()
 

@@ -12,7 +12,7 @@ Sources: BAGEL (arXiv 2505.14683) and UniCharacter (arXiv 2605.08129).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,10 @@ class SpecialTokens:
     eos: int = 151645  # <|im_end|>
     image_start: int = 151652  # <|vision_start|>
     image_end: int = 151653  # <|vision_end|>
+
+    def frame(self, ids: Iterable[int]) -> list[int]:
+        """A turn: BOS, its tokens, EOS."""
+        return [self.bos, *ids, self.eos]
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def lay_out(
         text = slice(at.text, end.text)
         n = end.total - at.total
         if isinstance(part, TextPart):
-            tokens.text.ids[text] = [special.bos, *part.ids, special.eos]
+            tokens.text.ids[text] = special.frame(part.ids)
             tokens.text.meta.order[text] = order + np.arange(n)
             tokens.text.meta.position[text] = position + np.arange(n)
             if part.loss:
@@ -260,24 +260,3 @@ def collate(rows: Sequence[Sequence[Tokens]], capacities: Sizes, model: ModelCon
 
 def _put(into: np.ndarray, values: np.ndarray) -> None:
     into[...] = values
-
-
-def unpack(batch: Batch) -> list[list[Tokens]]:
-    """Inverse of ``collate``: the samples of every row, in their order."""
-    streams = (batch.text, batch.vit, batch.latent)
-    rows = []
-    for r in range(batch.text.ids.shape[0]):
-        row = []
-        count = max((int(s.meta.segment[r].max(initial=0)) for s in streams), default=0)
-        for number in range(1, count + 1):
-            taken = [_take(stream, r, number) for stream in streams]
-            for stream in taken:
-                stream.meta.segment[:] = 1
-            row.append(Tokens(*taken))
-        rows.append(row)
-    return rows
-
-
-def _take(stream: TextStream | VitStream | LatentStream, row: int, number: int):
-    chosen = np.asarray(stream.meta.segment[row]) == number
-    return jax.tree.map(lambda x: np.asarray(x[row])[chosen], stream)

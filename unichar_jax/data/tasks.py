@@ -1,8 +1,7 @@
 """From a character to training samples and test items, task by task.
 
-Three views of the same derivation, all from the raw JSON and the templates:
+Two views of the same derivation, both from the raw JSON and the templates:
 
-* :func:`processed_rows` gives the rows of the published ``processed/*.jsonl`` files, as parsed JSON.
 * :func:`samples` gives what training needs: a :class:`Sample` is a plan of text and image parts, each
   saying whether it carries a loss and whether guidance dropout may omit it.
 * :func:`eval_items` gives the questions of the test sets, with what is known of their answers.
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from unichar_jax.data import templates
 from unichar_jax.data.character import Character, ChoiceQuestion, Dialogue, ImageFile, Scene
@@ -97,32 +96,7 @@ def _known(name: str, options: tuple[str, ...], what: str) -> None:
         )
 
 
-# -- published rows ------------------------------------------------------------------------------
-
-
-def processed_rows(character: Character, task: str) -> list[dict[str, Any]]:
-    """The rows of ``processed/{t2i,vlm}/<NAME>_<task>.jsonl``, in order.
-
-    Raises:
-      UserError: no such task.
-    """
-    _known(task, TASKS, "task")
-    rows = _t2i_rows if task in T2I_TASKS else _vlm_rows
-    return list(rows(character, task))
-
-
-def _image_row(character: Character, image: ImageFile) -> str:
-    return f"personalized_data/{character.split}/{character.dir_name}/{image.id}.png"
-
-
-def _t2i_rows(character: Character, task: str) -> Iterator[dict[str, Any]]:
-    for scene_id, image, text in _drawings(character, task):
-        yield {
-            "text": text,
-            "image": _image_row(character, image),
-            "character": character.name,
-            "scene_id": scene_id,
-        }
+# -- drawings and exchanges --------------------------------------------------------------------
 
 
 def _drawings(character: Character, task: str) -> Iterator[tuple[int | str, ImageFile, str]]:
@@ -145,20 +119,6 @@ def _drawing_prompt(character: Character, scene: Scene, task: str) -> str:
     if not (scene.thinking and scene.generation_instruction):
         return ""
     return templates.t2i_with_thinking(*told, scene.thinking, scene.generation_instruction)
-
-
-def _vlm_rows(character: Character, task: str) -> Iterator[dict[str, Any]]:
-    for exchange in _exchanges(character, task):
-        row: dict[str, Any] = {"id": exchange.id}
-        if exchange.image:
-            row["image"] = _image_row(character, exchange.image)
-        row["conversations"] = [
-            {"from": "human", "value": exchange.human},
-            {"from": "gpt", "value": exchange.reply},
-        ]
-        if exchange.qa_type:
-            row["qa_type"] = exchange.qa_type
-        yield row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,8 +50,8 @@ def answer_log_probs(
       For each context and answer float32 ``[n + 1]``: the answer's n tokens and the end of the turn. Their
       sum is the log-probability that the model answers exactly this.
     """
-    special = engine.cfg.special_tokens
-    ids = [[[special.bos, *engine.parts.tokenizer.encode(a), special.eos] for a in some] for some in answers]
+    frame, encode = engine.cfg.special_tokens.frame, engine.parts.tokenizer.encode
+    ids = [[frame(encode(answer)) for answer in some] for some in answers]
     for parts, rows in zip(contexts, ids, strict=True):
         length = num_tokens(parts) + max(map(len, rows), default=0)
         if length > engine.config.max_context:
@@ -108,10 +108,7 @@ def _score(engine: Engine, model: str, cache: KVCache, rows: list[tuple[int, lis
     for start in range(0, len(rows), at_once):
         part = rows[start : start + at_once]
         padded = [*part, *part[:1] * (min(at_once, bucket(len(rows))) - len(part))]
-        lengths = np.array([len(ids) for _, ids in padded], np.int32)
-        tokens = np.zeros((len(padded), longest), np.int32)
-        for line, (_, ids) in zip(tokens, padded, strict=True):
-            line[: len(ids)] = ids
+        tokens, lengths = kv.padded([ids for _, ids in padded], longest)
         forked = _take(cache, jnp.asarray([place for place, _ in padded]))
         scores = jax.device_get(token_log_probs(engine.models[model], forked, tokens, lengths))
         for line, (_, ids) in zip(scores, part, strict=False):

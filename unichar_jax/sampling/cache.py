@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unichar_jax.models.decoder import KeyValues
 from unichar_jax.models.streams import TokenMeta, VitStream
@@ -66,6 +67,15 @@ def bucket(n: int, minimum: int = 1) -> int:
     n = max(n, minimum)
     power = 1 << (n - 1).bit_length()
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+def padded(rows: Sequence[Sequence[int] | np.ndarray], minimum: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as int32 ``[B, bucket of the longest]``, zeros behind each, and their lengths ``[B]``."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.zeros((len(rows), bucket(int(lengths.max(initial=0)), minimum)), np.int32)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row)] = row
+    return ids, lengths
 
 
 def empty(model: UnifiedModel, batch: int, capacity: int) -> KVCache:

@@ -197,13 +197,8 @@ def _read_part(model: UnifiedModel, cache: KVCache, parts: Sequence[Part], skip:
 
 
 def _read_texts(model: UnifiedModel, cache: KVCache, texts: Sequence[np.ndarray]) -> KVCache:
-    lengths = _padded_rows([len(t) for t in texts], cache.batch)
-    if not lengths.any():
-        return cache
-    ids = np.zeros((cache.batch, bucket(int(lengths.max()), MIN_TEXT)), np.int32)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = text
-    return kv.prefill_text(model, cache, ids, lengths)
+    ids, lengths = kv.padded([*texts, *[()] * (cache.batch - len(texts))], MIN_TEXT)
+    return kv.prefill_text(model, cache, ids, lengths) if lengths.any() else cache
 
 
 def _read_pictures(

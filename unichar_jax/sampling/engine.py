@@ -38,7 +38,7 @@ from unichar_jax.sampling.parts import ImageLike, PartMaker, Size, open_picture
 from unichar_jax.sampling.requests import ImageRequest, TextRequest
 from unichar_jax.sampling.roster import BASE, Roster
 from unichar_jax.sampling.text import TextSettings, Tokenizer
-from unichar_jax.sampling.tracing import compilations, jitted
+from unichar_jax.sampling.tracing import jitted
 
 EDITING = FlowSettings(guidance=Guidance(4.0, 2.0, interval=(0.0, 1.0), renorm="text_channel"))
 """How a given picture is changed, BAGEL's defaults."""
@@ -122,7 +122,6 @@ class Engine:
             self.config.as_shipped,
         )
         self._reader = context.Reader(self.config.remembered)
-        self._compiled_before = sum(compilations().values())
         self._batcher = Batcher(self._run, self.config.max_batch, self.config.max_queue)
 
     @classmethod
@@ -164,11 +163,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def num_compilations(self) -> int:
-        """Programs compiled since this engine was made (counting all engines of the process)."""
-        return sum(compilations().values()) - self._compiled_before
 
     # -- models ---------------------------------------------------------------------------------------------
 

@@ -55,8 +55,7 @@ class PartMaker:
     def text(self, prompt: str) -> Text:
         """A text framed as a turn: BOS, its tokens, EOS."""
         prompt = words.clean(prompt)
-        special = self.cfg.special_tokens
-        return Text((special.bos, *self.tokenizer.encode(prompt), special.eos))
+        return Text(tuple(self.cfg.special_tokens.frame(self.tokenizer.encode(prompt))))
 
     def look(self, image: ImageLike) -> Picture:
         """A picture to look at."""

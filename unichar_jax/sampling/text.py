@@ -1,11 +1,10 @@
 """Text decoding for a batch of contexts: greedy, temperature, top-k and top-p, each row with settings of its
 own.
 
-One program decodes a chunk of tokens in a ``lax.while_loop`` that ends when every row has: ``decode`` runs
-one long chunk, ``stream`` runs short ones and looks at the text in between (callbacks, stop strings,
-cancellation). A turn starts with BOS and ends before EOS; neither is part of the result. A row's random
-draws depend on its seed and its own token count only, so a result does not depend on what else is in the
-batch.
+One program decodes a chunk of tokens in a ``lax.while_loop`` that ends when every row has; ``stream`` runs
+short chunks and looks at the text in between (callbacks, stop strings, cancellation). A turn starts with BOS
+and ends before EOS; neither is part of the result. A row's random draws depend on its seed and its own token
+count only, so a result does not depend on what else is in the batch.
 
 Nucleus sampling: arXiv 1904.09751.
 """
@@ -228,26 +227,6 @@ def decode_chunk(
     new = tuple(jnp.swapaxes(jnp.stack(x), 2, 3) for x in new)
     cache = kv.append(cache, new, kv.text_meta(cache, fed, num_tokens), fed)
     return tokens, replace(state, cache=cache)
-
-
-def decode(
-    model: UnifiedModel, cache: KVCache, settings: Sequence[TextSettings]
-) -> tuple[list[list[int]], DecodeState]:
-    """Decodes a whole turn of each row in one program; stop strings are not looked at.
-
-    Args:
-      model: the model.
-      cache: contexts with room for ``max_tokens`` more tokens each.
-      settings: one for each row.
-
-    Returns:
-      The new tokens of each row, without BOS and EOS, and the final state.
-    """
-    longest = max(s.max_tokens for s in settings)
-    tokens, state = decode_chunk(
-        model, text_layers(model), start(model, cache), Choice.of(settings), num_tokens=longest
-    )
-    return [[int(t) for t in row if t >= 0] for row in np.asarray(tokens)], state
 
 
 class Reply:

@@ -1,7 +1,7 @@
 """A count of compilations: ``jitted`` is ``jax.jit`` that also counts how often its function was traced.
 
 A function is traced once for every new combination of shapes and static settings, which is once per program.
-Engines report the count, and tests hold it to the promised buckets.
+Tests hold the count to the promised buckets.
 """
 
 from __future__ import annotations

@@ -153,15 +153,15 @@ class VisualQuestions:
         return out
 
     def _answer(self, seen: KVCache, asked: Sequence[_Asked], first: int) -> list[float]:
-        tokens = self._model().cfg.special_tokens
-        frame = lambda s: [tokens.bos, *self._tokenizer.encode(s), tokens.eos]  # noqa: E731
+        special = self._model().cfg.special_tokens
+        frame = lambda s: special.frame(self._tokenizer.encode(s))  # noqa: E731
         rows = [(i, sentence(answer)) for i, a in enumerate(asked) for answer in a.answers]
         rows += [rows[-1]] * (self._batch_size - len(rows))
         # A question is read once for all of its answers; few sizes mean few compiled programs.
         questions = [(a.picture - first, a.question) for a in asked]
         questions += [questions[-1]] * (kv.bucket(len(questions), 8) - len(questions))
-        question_ids, question_lengths = _padded([frame(q) for _, q in questions])
-        answers, answer_lengths = _padded([frame(a) for _, a in rows])
+        question_ids, question_lengths = kv.padded([frame(q) for _, q in questions], 8)
+        answers, answer_lengths = kv.padded([frame(a) for _, a in rows], 8)
         log_probs = np.asarray(
             _log_probs(
                 self._model(),
@@ -186,14 +186,6 @@ class VisualQuestions:
                 out.append(float(relative[0] / relative.sum()))
             row += len(a.answers)
         return out
-
-
-def _padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(r) for r in rows], np.int32)
-    ids = np.zeros((len(rows), kv.bucket(int(lengths.max()), 8)), np.int32)
-    for row, values in zip(ids, rows, strict=True):
-        row[: len(values)] = values
-    return ids, lengths
 
 
 @jax.jit(static_argnames=("size", "transform", "tokens"))

@@ -141,12 +141,8 @@ class Sheet:
         mesh: Mesh,
         settings: flow.FlowSettings = _FLOW,
     ):
-        special = cfg.special_tokens
-        framed = [[special.bos, *tokenizer.encode(p), special.eos] for p in prompts]
-        self._lengths = np.array([len(ids) for ids in framed], np.int32)
-        self._ids = np.zeros((len(framed), kv.bucket(int(self._lengths.max()), 16)), np.int32)
-        for row, ids in zip(self._ids, framed, strict=True):
-            row[: len(ids)] = ids
+        turns = [cfg.special_tokens.frame(tokenizer.encode(p)) for p in prompts]
+        self._ids, self._lengths = kv.padded(turns, 16)
         self._autoencoder = jax.tree.map(np.asarray, autoencoder)  # replicated over the mesh when it is used
         grid = (side // cfg.pixels_per_latent,) * 2
 

@@ -29,6 +29,7 @@ from unichar_jax.checkpoint import table
 from unichar_jax.checkpoint.safetensors_io import open_file, write_file
 from unichar_jax.config.model import model_preset
 from unichar_jax.errors import UserError
+from unichar_jax.files import replacing
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
 from workshop.minimodel.small import (
@@ -128,10 +129,9 @@ def kl_to_standard_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:
 def save_weights(path: Path, model: Autoencoder) -> None:
     """Writes an autoencoder under its published PyTorch names, float32, complete or not at all."""
     tensors = table.module_to_torch(model, table.autoencoder_table(model.cfg))
-    temporary = path.with_name(path.name + ".partial")
     specs = {name: (x.shape, x.dtype) for name, x in tensors.items()}
-    write_file(temporary, specs, tensors.items())
-    temporary.replace(path)
+    with replacing(path) as made:
+        write_file(made, specs, tensors.items())
 
 
 def load_weights(path: Path) -> Autoencoder:

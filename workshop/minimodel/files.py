@@ -22,6 +22,7 @@ from unichar_jax.checkpoint import table
 from unichar_jax.checkpoint.encoders import clip_table, dinov2_table
 from unichar_jax.checkpoint.safetensors_io import write_file
 from unichar_jax.evaluation.judge import Network, NetworkConfig
+from unichar_jax.files import replacing
 from unichar_jax.models import params
 from unichar_jax.models.encoders.clip import Clip, ClipConfig
 from unichar_jax.models.encoders.dinov2 import Dinov2, Dinov2Config
@@ -146,7 +147,6 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray], config: dict[str, Any]
     """config.json, and model.safetensors in bfloat16; the weights complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in arrays.items()}
-    temporary = folder / "model.safetensors.partial"
-    write_file(temporary, {n: (x.shape, x.dtype) for n, x in tensors.items()}, tensors.items())
-    temporary.replace(folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as made:
+        write_file(made, {n: (x.shape, x.dtype) for n, x in tensors.items()}, tensors.items())
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")

@@ -126,7 +126,7 @@ def draw_sheet(model: UnifiedModel, autoencoder: Any, tokenizer: Tokenizer, step
     special, longest = tokenizer.special, max(map(len, ids)) + 2
     padded = np.zeros((len(ids), longest), np.int32)
     for row, text in zip(padded, ids, strict=True):
-        row[: len(text) + 2] = [special.bos, *text, special.eos]
+        row[: len(text) + 2] = special.frame(text)
     lengths = jnp.asarray([len(i) + 2 for i in ids])
     cache = kv.prefill_text(
         model, kv.empty(model, len(ids), kv.bucket(longest)), jnp.asarray(padded), lengths

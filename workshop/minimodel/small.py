@@ -28,6 +28,7 @@ import optax.contrib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unichar_jax.errors import UserError
+from unichar_jax.files import replacing
 from workshop import miniworld
 from workshop.miniworld.cast import sample_look
 from workshop.miniworld.draw import draw
@@ -138,9 +139,8 @@ def fresh_state(weights: Weights) -> TrainState:
 def save_state(path: Path, state: TrainState) -> None:
     """Writes a state as one npz, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial.npz")
-    np.savez(temporary, *[np.asarray(leaf) for leaf in jax.tree.leaves(state)])
-    temporary.replace(path)
+    with replacing(path) as made, made.open("wb") as file:
+        np.savez(file, *[np.asarray(leaf) for leaf in jax.tree.leaves(state)])
 
 
 def load_state(path: Path, like: TrainState) -> TrainState:

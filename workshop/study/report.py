@@ -18,6 +18,7 @@ from unichar_jax.app.sheet import contact_sheet
 from unichar_jax.evaluation.results import Results
 from unichar_jax.evaluation.stats import mean_interval
 from unichar_jax.evaluation.tables import REWARD_MARK, bounds, change_text, number
+from unichar_jax.files import write_text
 from workshop.study import claims
 from workshop.study.claims import CLAIMS, SOURCES, UNTESTABLE, Finding, Judged, metric_of
 from workshop.study.design import (
@@ -359,6 +360,4 @@ def _sheet(folders: Sequence[Path], summary: Summary, path: Path) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)

@@ -42,6 +42,7 @@ from unichar_jax.evaluation.outputs import Output, OutputStore
 from unichar_jax.evaluation.results import Record, Results
 from unichar_jax.evaluation.subject import EngineSubject, Piped, Prompt, Subject, weights_fingerprint
 from unichar_jax.evaluation.suite import Plan, evaluate, originals
+from unichar_jax.files import write_text
 from unichar_jax.sampling.text import TextSettings
 from unichar_jax.training.grpo.rewards import Scores
 from workshop.miniworld.cast import member
@@ -343,6 +344,4 @@ def _keep_pictures(results: Results, folder: Path) -> Results:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)

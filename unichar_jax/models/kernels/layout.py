@@ -26,7 +26,6 @@ MAX_CAPACITY = 65_280
 class Code:
     """How ``prefix_end | own_start / alignment | own_end / alignment`` share 32 bits."""
 
-    prefix_bits: int
     own_bits: int
     alignment: int
 
@@ -38,7 +37,7 @@ class Code:
         alignment = 1
         while -(-places // alignment) >= 2**own:
             alignment *= 2
-        return cls(prefix, own, alignment)
+        return cls(own, alignment)
 
     def pack(self, prefix_end: jax.Array, own_start: jax.Array, own_end: jax.Array) -> jax.Array:
         start, end = own_start // self.alignment, own_end // self.alignment

@@ -120,13 +120,7 @@ def _read(model: UnifiedModel, ids: jax.Array, lengths: jax.Array) -> KVCache:
 
 def read_prompts(model: UnifiedModel, prompts: Sequence[Sequence[int]]) -> KVCache:
     """Reads each prompt (token ids without delimiters) into a row of one cache, in one pass."""
-    tokens = model.cfg.special_tokens
-    framed = [[tokens.bos, *ids, tokens.eos] for ids in prompts]
-    lengths = np.array([len(ids) for ids in framed], np.int32)
-    padded = np.zeros((len(framed), kv.bucket(int(lengths.max()), 16)), np.int32)
-    for row, ids in zip(padded, framed, strict=True):
-        row[: len(ids)] = ids
-    return _read(model, padded, lengths)
+    return _read(model, *kv.padded([model.cfg.special_tokens.frame(ids) for ids in prompts], 16))
 
 
 # -- pictures -----------------------------------------------------------------------------------------------
