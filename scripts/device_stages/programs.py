@@ -35,8 +35,8 @@ from unichar_jax.sampling.flow import FlowSettings, Guidance
 from unichar_jax.sampling.text import TextSettings
 from unichar_jax.training import state as state_lib
 from unichar_jax.training.grpo.rewards import Scores
-from unichar_jax.training.grpo.rollouts import Round
-from unichar_jax.training.grpo.trainer import Trainer
+from unichar_jax.training.grpo.rollouts import Round, read_prompts
+from unichar_jax.training.grpo.trainer import Trainer, make_algorithm, reference_weights
 from unichar_jax.training.optimizer import make_optimizer
 from unichar_jax.training.start import declare
 
@@ -221,9 +221,11 @@ def draw(small: bool) -> None:
 # -- stage 2 ------------------------------------------------------------------------------------------------------
 
 
-def no_rewards(images: jax.Array, prompts: Sequence[RLPrompt], groups: np.ndarray) -> Scores:
+def no_rewards(
+    images: jax.Array, prompts: Sequence[RLPrompt], groups: np.ndarray, model: UnifiedModel
+) -> Scores:
     """Rewards in the place of scorers: some number for each picture."""
-    del images, groups
+    del images, groups, model
     return Scores(np.arange(len(prompts), dtype=np.float32), {})
 
 
@@ -246,7 +248,20 @@ def nft(small: bool) -> None:
         layout, state = state_lib.create(model, declared, optimizer, trainable="lora", ema=True, mesh=mesh)
         prompt = RLPrompt("a lamp", "Tess", "0", (), 1)
         ids = [list(range(8, 8 + 100))]
-        trainer = Trainer(cfg, layout, optimizer, autoencoder, no_rewards, [prompt], ids, 0, state, mesh)
+        algorithm = make_algorithm(cfg, base.cfg)
+        trainer = Trainer(
+            cfg,
+            model_cfg=base.cfg,
+            algorithm=algorithm,
+            layout=layout,
+            optimizer=optimizer,
+            autoencoder=autoencoder,
+            rewards=no_rewards,
+            prompts=[prompt],
+            cache=read_prompts(layout.assemble(state.params, state.frozen), ids),
+            reference=reference_weights(cfg, algorithm, state),
+            mesh=mesh,
+        )
         rounds: list[dict[str, float]] = []
         for number in range(3):  # the first compiles
             state, metrics = trainer(state, Round(number, np.zeros(1, np.int32)))

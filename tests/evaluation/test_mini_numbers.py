@@ -86,7 +86,7 @@ def test_readings_of_the_judge(instruments):
 @pytest.mark.parametrize("term", GOLDEN["rewards"])
 def test_rewards(term):
     name, brace, options = term.partition("{")
-    sources = Sources(MINI, lambda: None, None, Transforms.usual(model_preset("mini")).look)
+    sources = Sources(MINI, None, Transforms.usual(model_preset("mini")).look)
     references = References.of(photo("Pip", "train", i) for i in range(4))
     texts = [
         "Pip is waving on the beach at night, happy.",

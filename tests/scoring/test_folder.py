@@ -28,7 +28,7 @@ MINI = REPOSITORY / "checkpoints" / "mini"
 
 
 def sources(folder: Path) -> Sources:
-    return Sources(folder, lambda: None, None, Transforms.usual(model_preset("debug")).look)
+    return Sources(folder, None, Transforms.usual(model_preset("debug")).look)
 
 
 def kind(folder: Path, model_type: object, **more: object) -> Path:

@@ -47,8 +47,10 @@ def _ask(question: str, answer: str, kind: str, choices=(), weight: float = 1.0)
 
 
 def _scores(model, images, questions, **options) -> np.ndarray:
-    scorer = VisualQuestions(lambda: model, _Letters(), LOOK, **options)
-    context = ScoreContext(["Tess"] * len(images), np.zeros(len(images), int), questions=questions)
+    scorer = VisualQuestions(_Letters(), LOOK, **options)
+    context = ScoreContext(
+        ["Tess"] * len(images), np.zeros(len(images), int), questions=questions, model=model
+    )
     return scorer(images, context)
 
 

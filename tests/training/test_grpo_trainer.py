@@ -36,6 +36,7 @@ from unichar_jax.sampling import flow
 from unichar_jax.training import metrics as metrics_lib
 from unichar_jax.training.grpo import run
 from unichar_jax.training.grpo.rollouts import Rounds, read_prompts
+from unichar_jax.training.grpo.trainer import Trainer, make_algorithm
 from unichar_jax.training.start import Base, find_base
 
 CFG = model_preset("debug")
@@ -252,3 +253,23 @@ def test_adapters_merge_and_switch_off():
     changed = velocity(adapted)
     assert relative_l2(changed, plain_velocity) > 1e-3
     assert relative_l2(velocity(merge(adapted, plain)), changed) <= 1e-5
+
+
+def test_making_a_trainer_touches_no_array(experiment: GRPOConfig):
+    """Parts are only kept: arrays, prompts and weights come in at the calls."""
+    nothing: Any = None
+    before = len(jax.live_arrays())
+    trainer = Trainer(
+        experiment,
+        model_cfg=CFG,
+        algorithm=make_algorithm(experiment, CFG),
+        layout=nothing,
+        optimizer=nothing,
+        autoencoder=nothing,
+        rewards=nothing,
+        prompts=[],
+        cache=nothing,
+        reference=nothing,
+    )
+    assert len(jax.live_arrays()) == before
+    assert not hasattr(trainer, "state")

@@ -23,6 +23,7 @@ from unichar_jax.data.images import to_rgb
 from unichar_jax.data.rl_prompts import RLQuestion
 from unichar_jax.errors import UserError, did_you_mean
 from unichar_jax.files import digest
+from unichar_jax.models.unified import UnifiedModel
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class ScoreContext:
       groups: integers ``[N]``; pictures with the same number are one group (one prompt of one rollout).
       references: pictures of the character.
       questions: visual questions of each picture's prompt, or empty.
+      model: the one that drew, as it is now: it answers visual questions. None where there is none.
     """
 
     prompts: Sequence[str]
     groups: np.ndarray
     references: References = field(default_factory=References)
     questions: Sequence[Sequence[RLQuestion]] = ()
+    model: UnifiedModel | None = None
 
     def __post_init__(self) -> None:
         counts = [len(self.prompts), len(self.groups), *([len(self.questions)] if self.questions else [])]

@@ -14,7 +14,6 @@ from typing import Any
 
 from unichar_jax.data.images import ImageTransform
 from unichar_jax.errors import UserError, did_you_mean
-from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.scoring import identity
 from unichar_jax.scoring.base import Scorer
 from unichar_jax.scoring.custom import CustomScorer
@@ -32,14 +31,12 @@ class Sources:
 
     Attributes:
       folder: of the encoders.
-      model: gives the unified model (for visual questions).
       tokenizer: of that model.
       look: how that model's run looks at pictures (``data.transforms``).
       timeout: seconds that a custom function may take.
     """
 
     folder: Path
-    model: Callable[[], UnifiedModel]
     tokenizer: Any
     look: ImageTransform
     timeout: float = 300.0
@@ -60,7 +57,7 @@ BUILDERS: dict[str, Callable[[Sources, Options], Scorer]] = {
     "identity_band": lambda s, o: s.band(o),
     "diversity": lambda s, o: s.encoders.diversity(**o),
     "feature_diversity": lambda s, o: FeatureDiversity(s.encoders.identity),
-    "visual_questions": lambda s, o: VisualQuestions(s.model, s.tokenizer, s.look, **o),
+    "visual_questions": lambda s, o: VisualQuestions(s.tokenizer, s.look, **o),
 }
 """Name of a term -> its scorer. ``file.py:function`` names a function of the user's instead."""
 

@@ -17,7 +17,7 @@ the questions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from unichar_jax.data.images import ImageTransform, position_ids
 from unichar_jax.data.rl_prompts import RLQuestion
+from unichar_jax.errors import UserError
 from unichar_jax.models.autoencoder import patchify
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
@@ -76,9 +77,7 @@ class VisualQuestions:
     """See the module's docstring.
 
     Args:
-      model: gives the model; asked at every call, because a training step replaces the arrays it is made
-        of.
-      tokenizer: of the model.
+      tokenizer: of the model, which is the context's.
       transform: how the model looks at pictures (``data.transforms``).
       batch_size: pictures, and answers, that are read at once.
       max_questions: at most so many for a picture, the weightiest first; 0 asks all.
@@ -87,7 +86,6 @@ class VisualQuestions:
 
     def __init__(
         self,
-        model: Callable[[], UnifiedModel],
         tokenizer: Tokenizer,
         transform: ImageTransform,
         *,
@@ -96,17 +94,20 @@ class VisualQuestions:
         name: str = "visual_questions",
     ):
         self.name = name
-        self._model, self._tokenizer, self._transform = model, tokenizer, transform
+        self._tokenizer, self._transform = tokenizer, transform
         self._batch_size, self._max_questions = batch_size, max_questions
 
     def __call__(self, images: jax.Array, context: ScoreContext) -> np.ndarray:
+        model = context.model
+        if model is None:
+            raise UserError(f"reward term '{self.name}': there is no model to ask; only training gives one.")
         score = np.zeros(len(images))
         weight = np.zeros(len(images))
         asked = self._asked(context)
         for first in range(0, len(images), self._batch_size):
             here = [a for a in asked if first <= a.picture < first + self._batch_size]
-            seen = self._look(images[first : first + self._batch_size])
-            for a, worth in zip(here, self._worth(seen, here, first), strict=True):
+            seen = self._look(model, images[first : first + self._batch_size])
+            for a, worth in zip(here, self._worth(model, seen, here, first), strict=True):
                 score[a.picture] += a.weight * worth
                 weight[a.picture] += a.weight
         return (score / np.maximum(weight, 1e-9)).astype(np.float32)
@@ -121,10 +122,9 @@ class VisualQuestions:
                 asked.append(_Asked(i, f"Does this image show: {prompt}?", ("yes", "no"), 1.0))
         return asked
 
-    def _look(self, images: jax.Array) -> KVCache:
+    def _look(self, model: UnifiedModel, images: jax.Array) -> KVCache:
         """Contexts that hold the pictures, one row for each; a last batch is padded to full size."""
-        model, transform = self._model(), self._transform
-        vision = model.cfg.vision
+        transform, vision = self._transform, model.cfg.vision
         width, height = transform.size(images.shape[2], images.shape[1])
         rows, columns = height // transform.stride, width // transform.stride
         tokens = kv.bucket(rows * columns, 16)
@@ -139,21 +139,21 @@ class VisualQuestions:
         counts = jnp.full(batch, rows * columns, jnp.int32)
         return kv.prefill_vit(model, empty, patches, np.tile(grid, (batch, 1)), counts)
 
-    def _worth(self, seen: KVCache, asked: Sequence[_Asked], first: int) -> list[float]:
+    def _worth(self, model: UnifiedModel, seen: KVCache, asked: Sequence[_Asked], first: int) -> list[float]:
         """Each question's worth; rows of a batch are answers, and questions are never split."""
         out: list[float] = []
         waiting: list[_Asked] = []
         for a in [*asked, None]:
             rows = sum(len(w.answers) for w in waiting)
             if waiting and (a is None or rows + len(a.answers) > self._batch_size):
-                out += self._answer(seen, waiting, first)
+                out += self._answer(model, seen, waiting, first)
                 waiting = []
             if a is not None:
                 waiting.append(a)
         return out
 
-    def _answer(self, seen: KVCache, asked: Sequence[_Asked], first: int) -> list[float]:
-        special = self._model().cfg.special_tokens
+    def _answer(self, model: UnifiedModel, seen: KVCache, asked: Sequence[_Asked], first: int) -> list[float]:
+        special = model.cfg.special_tokens
         frame = lambda s: special.frame(self._tokenizer.encode(s))  # noqa: E731
         rows = [(i, sentence(answer)) for i, a in enumerate(asked) for answer in a.answers]
         rows += [rows[-1]] * (self._batch_size - len(rows))
@@ -164,7 +164,7 @@ class VisualQuestions:
         answers, answer_lengths = kv.padded([frame(a) for _, a in rows], 8)
         log_probs = np.asarray(
             _log_probs(
-                self._model(),
+                model,
                 seen,
                 np.array([p for p, _ in questions], np.int32),
                 question_ids,

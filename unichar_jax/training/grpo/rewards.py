@@ -17,6 +17,7 @@ import numpy as np
 from unichar_jax.config.grpo import RewardTerm
 from unichar_jax.data.rl_prompts import RLPrompt
 from unichar_jax.errors import UserError
+from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.scoring.base import References, ScoreContext, Scorer, checked_scores, weighted_sum
 
 
@@ -58,19 +59,26 @@ class Rewards:
     def labels(self) -> list[str]:
         return list(self._scorers)
 
-    def __call__(self, images: jax.Array, prompts: Sequence[RLPrompt], groups: np.ndarray) -> Scores:
+    def __call__(
+        self,
+        images: jax.Array,
+        prompts: Sequence[RLPrompt],
+        groups: np.ndarray,
+        model: UnifiedModel | None = None,
+    ) -> Scores:
         """Scores pictures.
 
         Args:
           images: uint8 ``[B, H, W, 3]``.
           prompts: of each picture.
           groups: int ``[B]``; pictures with the same number are compared with each other.
+          model: as it is now; visual questions need it.
 
         Raises:
           RewardError: a term raised, or gave numbers that are not one finite number for each picture.
         """
         context = ScoreContext(
-            [p.text for p in prompts], groups, self._references, [p.questions for p in prompts]
+            [p.text for p in prompts], groups, self._references, [p.questions for p in prompts], model
         )
         pictures = images.astype(jnp.float32) / 255
         terms = {label: self._score(label, s, pictures, context) for label, s in self._scorers.items()}

@@ -32,8 +32,8 @@ from unichar_jax.scoring.registry import Sources, build
 from unichar_jax.training import metrics as metrics_lib
 from unichar_jax.training import state as state_lib
 from unichar_jax.training.grpo.rewards import RewardError, Rewards, Scores
-from unichar_jax.training.grpo.rollouts import Rounds
-from unichar_jax.training.grpo.trainer import Trainer
+from unichar_jax.training.grpo.rollouts import Rounds, read_prompts
+from unichar_jax.training.grpo.trainer import Trainer, make_algorithm, reference_weights
 from unichar_jax.training.grpo.watch import HackingWatch
 from unichar_jax.training.loop import Hook, Loop
 from unichar_jax.training.metrics import MetricsLog
@@ -108,7 +108,6 @@ def prepare(
     )
     sources = Sources(
         presets.folder_or_shipped(cfg.encoders),
-        lambda: trainer.model,  # bound below, before anything is scored
         base.tokenizer,
         base.source.transforms.look,
         cfg.reward_timeout,
@@ -119,17 +118,21 @@ def prepare(
         read_references(folder),
     )
     prompts = [*training, *held_out]
+    algorithm = make_algorithm(cfg, base.cfg)
+    ids = [base.tokenizer.encode(p.text) for p in prompts]
     trainer = Trainer(
         cfg,
-        layout,
-        optimizer,
-        base.autoencoder,
-        rewards,
-        prompts,
-        [base.tokenizer.encode(p.text) for p in prompts],
-        len(held_out),
-        state,
-        mesh,
+        model_cfg=base.cfg,
+        algorithm=algorithm,
+        layout=layout,
+        optimizer=optimizer,
+        autoencoder=base.autoencoder,
+        rewards=rewards,
+        prompts=prompts,
+        cache=read_prompts(layout.assemble(state.params, state.frozen), ids),
+        reference=reference_weights(cfg, algorithm, state),
+        held_out=len(held_out),
+        mesh=mesh,
     )
     return trainer, layout, state, declared
 

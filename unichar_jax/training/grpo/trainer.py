@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,12 +37,13 @@ from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel.mesh import host
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow
+from unichar_jax.sampling.cache import KVCache
 from unichar_jax.sampling.flow import Contexts
 from unichar_jax.training.grpo.advantages import group_advantages
 from unichar_jax.training.grpo.algorithm import Algorithm
 from unichar_jax.training.grpo.flow_grpo import FlowGRPO
 from unichar_jax.training.grpo.nft import NFT
-from unichar_jax.training.grpo.rewards import Rewards, Scores
+from unichar_jax.training.grpo.rewards import Scores
 from unichar_jax.training.grpo.rollouts import (
     Roller,
     Round,
@@ -50,7 +51,6 @@ from unichar_jax.training.grpo.rollouts import (
     grid_of,
     on_mesh,
     picture_keys,
-    read_prompts,
     round_key,
     settings_of,
 )
@@ -71,71 +71,74 @@ def make_algorithm(cfg: GRPOConfig, model: ModelConfig) -> Algorithm:
 class Trainer:
     """Rounds of stage 2; an instance is the loop's step: ``(state, round) -> (state, metrics)``.
 
+    Making one puts nothing on a device; programs are compiled when they are first called.
+
     Args:
       cfg: the experiment.
+      model_cfg: sizes of the model.
+      algorithm: of ``make_algorithm``.
       layout: assembles models.
       optimizer: of the trained weights.
       autoencoder: to see what was drawn.
-      rewards: to score it; they may ask for ``model``.
+      rewards: to score it: ``(pictures, prompts, groups, model) -> Scores``.
       prompts: for training, then held out; the numbers in a round are places in this sequence.
-      ids: their tokens.
+      cache: the prompts, read (``rollouts.read_prompts``).
+      reference: of ``reference_weights``.
       held_out: how many of the last prompts are held out.
-      state: the fresh state, before any checkpoint was restored: the reference model.
       mesh: of the run.
+
+    Attributes:
       watch: the early warning.
+      state: the state before the round that is under way: complete, to be saved if a reward fails.
+      last: pictures, scores and prompts of the last round.
     """
+
+    state: TrainState
 
     def __init__(
         self,
         cfg: GRPOConfig,
+        *,
+        model_cfg: ModelConfig,
+        algorithm: Algorithm,
         layout: Layout,
         optimizer: optax.GradientTransformation,
         autoencoder: Autoencoder,
-        rewards: Rewards,
+        rewards: Callable[[jax.Array, Sequence[RLPrompt], np.ndarray, UnifiedModel], Scores],
         prompts: Sequence[RLPrompt],
-        ids: Sequence[Sequence[int]],
-        held_out: int,
-        state: TrainState,
+        cache: KVCache,
+        reference: Arrays | None,
+        held_out: int = 0,
         mesh: Mesh | None = None,
-        watch: HackingWatch | None = None,
     ):
-        model = layout.assemble(state.params, state.frozen)
         self.cfg, self.prompts, self.held_out = cfg, list(prompts), held_out
         self._layout, self._autoencoder, self._rewards, self._mesh = layout, autoencoder, rewards, mesh
-        self.algorithm = make_algorithm(cfg, model.cfg)
-        self.watch = watch or HackingWatch()
+        self._algorithm, self._cache, self._reference = algorithm, cache, reference
         self._settings = settings_of(cfg.rollout)
-        self._grid = grid_of(cfg.rollout.height, cfg.rollout.width, model.cfg)
-        self._patch = model.cfg.latent_patch_size
-        self.cache = read_prompts(model, ids)
-        self._reference = _reference(cfg, self.algorithm, state)
-        self._roll = Roller(cfg, self.algorithm, self._settings, self._grid, self._patch)
-        self._learn = jit_update(layout, self.algorithm, optimizer, cfg.micro_batch)
+        self._grid = grid_of(cfg.rollout.height, cfg.rollout.width, model_cfg)
+        self._patch = model_cfg.latent_patch_size
+        self._roll = Roller(cfg, algorithm, self._settings, self._grid, self._patch)
+        self._learn = jit_update(layout, algorithm, optimizer, cfg.micro_batch)
         self._finish = jax.jit(finish_round, donate_argnums=0)
         self._share = jax.jit(_share_of, static_argnums=2)
         self._draw_held_out = jax.jit(self._deterministic, static_argnames="settings")
-        self.state = state
-        """The state before the round that is under way: complete, to be saved if a reward fails."""
+        self.watch = HackingWatch()
         self.last: tuple[np.ndarray, Scores, list[str]] | None = None
-        """Pictures, scores and prompts of the last round."""
-
-    @property
-    def model(self) -> UnifiedModel:
-        """The current model; its frozen parts answer visual questions."""
-        return self._layout.assemble(self.state.params, self.state.frozen)
 
     def __call__(self, state: TrainState, round_: Round) -> tuple[TrainState, dict[str, Any]]:
         cfg, self.state = self.cfg, state
         clock = [time.monotonic()]
-        drawer = state.ema if self.algorithm.follows else state.params
+        drawer = state.ema if self._algorithm.follows else state.params
         assert drawer is not None
-        drawn = self._roll(self._layout.assemble(drawer, state.frozen), self._autoencoder, self.cache, round_)
+        drawn = self._roll(
+            self._layout.assemble(drawer, state.frozen), self._autoencoder, self._cache, round_
+        )
         images = host(drawn.images)
         clock.append(time.monotonic())
         of_picture = np.repeat(round_.prompts, cfg.group)
         asked = [self.prompts[i] for i in of_picture]
         groups = np.repeat(np.arange(cfg.prompts_per_round), cfg.group)
-        scores = self._rewards(self._on_device(drawn.images, images), asked, groups)
+        scores = self._score(state, drawn.images, images, asked, groups)
         # Advantages compare all pictures of a prompt, also where a round draws it twice.
         advantages = group_advantages(
             scores.rewards, of_picture, clip=cfg.advantage_clip, whole_std=cfg.whole_std
@@ -148,10 +151,10 @@ class Trainer:
         for i in range(cfg.updates):
             part = share if cfg.updates == 1 else self._share(share, jnp.int32(i), cfg.updates)
             moving, metrics = self._learn(
-                moving, frozen, self._reference, self.cache, part, jax.random.fold_in(key, i)
+                moving, frozen, self._reference, self._cache, part, jax.random.fold_in(key, i)
             )
             learned.append(metrics)
-        decay = jnp.float32(self.algorithm.decay(round_.number + 1))
+        decay = jnp.float32(self._algorithm.decay(round_.number + 1))
         state = dataclasses.replace(self._finish(moving, decay), frozen=frozen)
         metrics = _mean(jax.device_get(learned))
         clock.append(time.monotonic())
@@ -172,9 +175,17 @@ class Trainer:
             "seconds_learn": clock[3] - clock[2],
         }
 
-    def _on_device(self, images: jax.Array, fetched: np.ndarray) -> jax.Array:
-        """Pictures as scorers want them: on this process's devices, whole."""
-        return images if images.is_fully_addressable else jnp.asarray(fetched)
+    def _score(
+        self,
+        state: TrainState,
+        images: jax.Array,
+        fetched: np.ndarray,
+        prompts: Sequence[RLPrompt],
+        groups: np.ndarray,
+    ) -> Scores:
+        """Scores of pictures, whole on this process's devices; the model's frozen parts answer visual questions."""
+        whole = images if images.is_fully_addressable else jnp.asarray(fetched)
+        return self._rewards(whole, prompts, groups, self._layout.assemble(state.params, state.frozen))
 
     # -- held-out prompts -----------------------------------------------------------------------------------
 
@@ -193,10 +204,10 @@ class Trainer:
         settings = dataclasses.replace(self._settings.flow, num_timesteps=cfg.eval.num_timesteps)
         model = self._layout.assemble(weights, state.frozen)
         drawn = self._draw_held_out(
-            model, self._autoencoder, self.cache, on_mesh(rows, self._mesh), keys, settings=settings
+            model, self._autoencoder, self._cache, on_mesh(rows, self._mesh), keys, settings=settings
         )
         images = host(drawn)
-        scores = self._rewards(self._on_device(drawn, images), [self.prompts[i] for i in rows], rows - first)
+        scores = self._score(state, drawn, images, [self.prompts[i] for i in rows], rows - first)
         return _score_metrics(scores, count), images, scores
 
     def _deterministic(self, model, autoencoder, cache, rows, keys, *, settings):
@@ -212,8 +223,11 @@ class Trainer:
         return best_and_worst(images, scores.rewards, prompts, self.cfg.group)
 
 
-def _reference(cfg: GRPOConfig, algorithm: Algorithm, state: TrainState) -> Arrays | None:
-    """Trained weights of the reference model: adapters switched off, or a copy of the first weights."""
+def reference_weights(cfg: GRPOConfig, algorithm: Algorithm, state: TrainState) -> Arrays | None:
+    """Trained weights of the reference model, from a fresh state, before any checkpoint is restored.
+
+    Adapters switched off, or a copy of the first weights; None where the algorithm takes no divergence from it.
+    """
     if algorithm.kl == 0:
         return None
     if cfg.trainable == "lora":
