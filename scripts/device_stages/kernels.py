@@ -151,11 +151,11 @@ def candidates(platform: str) -> Iterator[Candidate]:
     jax's backward pass through cuDNN also writes the bias' gradient, of L^2; switching that off reaches inside jax.
     """
     for name, kernel in reversed(kernels.KERNELS.items()):
-        why_not = kernel.why_not(platform)
+        unsupported = kernel.unsupported(platform)
         if name.endswith("interpret"):
-            why_not = "it runs step by step, for tests"
-        if why_not:
-            say(name, skipped=why_not)
+            unsupported = "it runs step by step, for tests"
+        if unsupported:
+            say(name, skipped=unsupported)
         else:
             yield Candidate(
                 name, lambda meta, kernel=kernel: kernel.prepare(meta, meta), kernel.run, our_mask

@@ -84,7 +84,7 @@ def step(what: str, preset: str, small: bool, layers: int | None = None, **compu
 def kernels_to_try() -> list[str]:
     """``flash`` where it runs, then what ``auto`` takes, unless that is the same."""
     auto = kernels.resolve("auto")
-    flash = kernels.KERNELS["flash"].why_not(jax.default_backend()) is None
+    flash = kernels.KERNELS["flash"].unsupported(jax.default_backend()) is None
     return ["flash", "auto"] if flash and auto != "flash" else ["auto"]
 
 

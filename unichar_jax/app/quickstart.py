@@ -154,7 +154,7 @@ def run(cfg: Quickstart, progress: Callable[[str], Progress] | None = None) -> P
     with story.step("a conversation"):
         talk = converse(cfg, folder, final)
     page = write_report(report(cfg, folder, final, story, results, talk), cfg.folder / "report.html")
-    _say_goodbye(cfg, folder, final, page, talk, story)
+    _print_results(cfg, folder, final, page, talk, story)
     return page
 
 
@@ -363,7 +363,7 @@ def _next(cfg: Quickstart, folder: Path, final: Path) -> tuple[Command, ...]:
     )
 
 
-def _say_goodbye(
+def _print_results(
     cfg: Quickstart, folder: Path, final: Path, page: Path, talk: Conversation, story: Story
 ) -> None:
     minutes = sum(m for _, m in story.minutes)

@@ -105,7 +105,7 @@ def chat(
         }
         name = next(iter(plays))
         _introduce(console, plays, name)
-        while said := _heard(console):
+        while said := _read_line(console):
             play = plays[name]
             if said.startswith("/play"):
                 wanted = said.removeprefix("/play").strip()
@@ -125,7 +125,7 @@ def chat(
     return 0
 
 
-def _heard(console: Console) -> str:
+def _read_line(console: Console) -> str:
     """What the user says next; nothing ends the conversation."""
     try:
         return console.input("[cyan]you:[/cyan] ").strip()

@@ -220,15 +220,15 @@ def _lines(part: FolderReport) -> Iterator[Text]:
         offered = ", ".join(f"{name} {count}" for name, count in known.items() if count)
         if offered:
             yield Text(f"  to {what}: {offered}", style="dim")
-    yield from (_told("error", (f,)) for f in part.findings if f.severity == "error")
+    yield from (_as_text("error", (f,)) for f in part.findings if f.severity == "error")
     alike: dict[tuple[str, ...], list[Finding]] = {}
     for f in part.findings:
         if f.severity == "note":
             alike.setdefault((f.field, f.expected, f.remedy, re.sub(r"\d+", "", f.got)), []).append(f)
-    yield from (_told("note", tuple(found)) for found in alike.values())
+    yield from (_as_text("note", tuple(found)) for found in alike.values())
 
 
-def _told(severity: str, found: tuple[Finding, ...]) -> Text:
+def _as_text(severity: str, found: tuple[Finding, ...]) -> Text:
     """One error, or notes that differ only in their place, as a line."""
     first = found[0]
     places = [": ".join(text for text in (f.file, f.record) if text) for f in found]

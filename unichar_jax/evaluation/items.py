@@ -103,7 +103,7 @@ def items(case: Case, task: str, context: Context = "name") -> list[Item]:
             raise UserError(
                 f"{what} '{name}' is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}."
             )
-    found = list(_SOURCES[task](_told(case, context)))
+    found = list(_SOURCES[task](_described(case, context)))
     if context == "profile+picture" and case.train.images:
         shown = case.train.images[0].path
         # A question about a picture keeps its own.
@@ -118,7 +118,7 @@ def items(case: Case, task: str, context: Context = "name") -> list[Item]:
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Described:
     """A case, its characters with the description that prompts are to use."""
 
     train: Character
@@ -130,22 +130,22 @@ class _Told:
         return text if self.by_name else f"{self.train.description}\n\n{text}"
 
 
-def _told(case: Case, context: Context) -> _Told:
+def _described(case: Case, context: Context) -> _Described:
     if context == "name":
-        return _Told(case.train, case.test, True)
+        return _Described(case.train, case.test, True)
     train, test = case.train, case.test
     told = str(train.attributes.get("full_description") or train.full_profile or train.description).strip()
     describe: Callable[[Character], Character] = lambda c: dataclasses.replace(c, description=told)  # noqa: E731
-    return _Told(describe(train), None if test is None else describe(test), False)
+    return _Described(describe(train), None if test is None else describe(test), False)
 
 
 # -- tasks --------------------------------------------------------------------------------------------------
 
 
-def _published(task: str, test_set: str) -> Callable[[_Told], Iterator[Item]]:
+def _published(task: str, test_set: str) -> Callable[[_Described], Iterator[Item]]:
     """A test set whose prompts have the description in them."""
 
-    def source(told: _Told) -> Iterator[Item]:
+    def source(told: _Described) -> Iterator[Item]:
         for character in (told.train, told.test):
             for item in eval_items(character, test_set) if character else ():
                 yield _item(task, item, Prompt(item.prompt))
@@ -153,8 +153,8 @@ def _published(task: str, test_set: str) -> Callable[[_Told], Iterator[Item]]:
     return source
 
 
-def _choices(task: str, test_set: str, split: str) -> Callable[[_Told], Iterator[Item]]:
-    def source(told: _Told) -> Iterator[Item]:
+def _choices(task: str, test_set: str, split: str) -> Callable[[_Described], Iterator[Item]]:
+    def source(told: _Described) -> Iterator[Item]:
         character: Character | None = getattr(told, split)
         for item in eval_items(character, test_set) if character else ():
             shown = item.image.path if item.image else None
@@ -163,7 +163,7 @@ def _choices(task: str, test_set: str, split: str) -> Callable[[_Told], Iterator
     return source
 
 
-def _visual_questions(told: _Told) -> Iterator[Item]:
+def _visual_questions(told: _Described) -> Iterator[Item]:
     """Free questions about pictures that training never saw."""
     if told.test is None:
         return
@@ -179,7 +179,7 @@ def _visual_questions(told: _Told) -> Iterator[Item]:
             )
 
 
-def _captions(told: _Told) -> Iterator[Item]:
+def _captions(told: _Described) -> Iterator[Item]:
     if told.test is None:
         return
     truth: dict[str, Any] = told.test.attributes.get("images", {})
@@ -196,8 +196,8 @@ def _captions(told: _Told) -> Iterator[Item]:
         )
 
 
-def _scenes(task: str, prompt: Callable[[Character, Scene], str]) -> Callable[[_Told], Iterator[Item]]:
-    def source(told: _Told) -> Iterator[Item]:
+def _scenes(task: str, prompt: Callable[[Character, Scene], str]) -> Callable[[_Described], Iterator[Item]]:
+    def source(told: _Described) -> Iterator[Item]:
         for scene in told.test.scenes if told.test else ():
             assert told.test is not None
             yield Item(
@@ -226,7 +226,7 @@ def _asked(character: Character, scene: Scene) -> str:
     return templates.dialogue(character.name, character.description, character.opening, scene.user)
 
 
-_SOURCES: dict[str, Callable[[_Told], Iterator[Item]]] = {
+_SOURCES: dict[str, Callable[[_Described], Iterator[Item]]] = {
     "knowledge_mcq": _choices("knowledge_mcq", "knowledge_mcq", "train"),
     "image_mcq": _choices("image_mcq", "image_mcq", "train"),
     "unseen_image_mcq": _choices("unseen_image_mcq", "image_mcq", "test"),

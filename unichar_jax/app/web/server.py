@@ -32,7 +32,7 @@ from unichar_jax.app.web.guests import Guest
 from unichar_jax.app.web.pictures import Shown, read_upload
 from unichar_jax.app.web.sessions import Session, Visitors
 from unichar_jax.app.web.settings import Fields, Refused, Settings
-from unichar_jax.app.web.work import Studio
+from unichar_jax.app.web.work import Service
 from unichar_jax.errors import UserError
 
 COOKIE = "unichar"
@@ -54,7 +54,7 @@ class Web:
 
     def __init__(self, settings: Settings, guests: Sequence[Guest]):
         self.settings = settings
-        self.visitors, self.studio = Visitors(settings), Studio(settings, guests)
+        self.visitors, self.service = Visitors(settings), Service(settings, guests)
         self._throttle = Throttle()
         self._uploads = asyncio.Semaphore(4)
         folder = resources.files("unichar_jax.app.web").joinpath("static")
@@ -66,7 +66,7 @@ class Web:
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             if warm:
-                threading.Thread(target=self.studio.warm_up, daemon=True).start()
+                threading.Thread(target=self.service.warm_up, daemon=True).start()
             yield
             self.close()
 
@@ -95,7 +95,7 @@ class Web:
     def close(self) -> None:
         """Lets listeners go and stops the work."""
         self.visitors.close()
-        self.studio.close()
+        self.service.close()
 
     # -- who is asking --------------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ class Web:
         limits = ("max_text", "max_upload", "max_pictures", "max_steps", "steps", "guidance")
         told = {
             "user": session.user,
-            "guests": [_about(guest) for guest in self.studio.guests.values()],
+            "guests": [_about(guest) for guest in self.service.guests.values()],
             "limits": {name: getattr(self.settings, name) for name in limits},
         }
         return self._with_cookie(JSONResponse(told), request, session)
@@ -158,7 +158,7 @@ class Web:
 
     async def training_picture(self, request: Request) -> Response:
         self._session(request)
-        pictures = self.studio.guest(request.path_params["guest"]).pictures
+        pictures = self.service.guest(request.path_params["guest"]).pictures
         number = request.path_params["number"]
         return _picture(pictures[number][0] if number < len(pictures) else None)
 
@@ -175,7 +175,7 @@ class Web:
 
     async def say(self, request: Request) -> Response:
         session, fields = self._session(request), await self._fields(request)
-        key = self.studio.say(
+        key = self.service.say(
             session,
             self._guest(fields),
             fields.text("text", self.settings.max_text),
@@ -187,7 +187,7 @@ class Web:
     async def draw(self, request: Request) -> Response:
         session, fields, limits = self._session(request), await self._fields(request), self.settings
         seed = fields.whole("seed", -1, -1, 2**31 - 1)
-        key = self.studio.draw(
+        key = self.service.draw(
             session,
             self._guest(fields),
             fields.text("prompt", limits.max_text),
@@ -206,17 +206,17 @@ class Web:
             raise Refused(404, "That picture is not here any more; please choose it again.")
         question = fields.text("question", self.settings.max_text)
         return JSONResponse(
-            {"entry": self.studio.ask(session, self._guest(fields), question, name, picture)}, 202
+            {"entry": self.service.ask(session, self._guest(fields), question, name, picture)}, 202
         )
 
     async def stop(self, request: Request) -> Response:
         session, fields = self._session(request), await self._fields(request)
-        self.studio.stop(session, fields.text("entry", 20))
+        self.service.stop(session, fields.text("entry", 20))
         return JSONResponse({})
 
     async def forget(self, request: Request) -> Response:
         session, fields = self._session(request), await self._fields(request)
-        self.studio.forget(session, self._guest(fields))
+        self.service.forget(session, self._guest(fields))
         return JSONResponse({})
 
     async def upload(self, request: Request) -> Response:
@@ -229,7 +229,7 @@ class Web:
         return JSONResponse({"picture": name, "width": picture.width, "height": picture.height}, 201)
 
     def _guest(self, fields: Fields) -> Guest:
-        return self.studio.guest(fields.text("guest", 100))
+        return self.service.guest(fields.text("guest", 100))
 
     async def _fields(self, request: Request) -> Fields:
         data = await _body(request, MAX_JSON, "The request is too large")

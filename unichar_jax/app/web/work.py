@@ -33,7 +33,7 @@ class _Stopped(Exception):
     """The visitor wants no more of it."""
 
 
-class Studio:
+class Service:
     """Works for all visitors.
 
     Args:

@@ -31,14 +31,14 @@ class Kernel(Protocol):
     """An attention kernel.
 
     ``prepare`` runs once per forward pass, ``run`` in every layer. Queries and keys are the same tokens.
-    ``why_not`` says why the kernel cannot run on a platform, or None if it can.
+    ``unsupported`` says why the kernel cannot run on a platform, or None if it can.
     """
 
     def prepare(self, q: TokenMeta, k: TokenMeta) -> Any: ...
 
     def run(self, data: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array: ...
 
-    def why_not(self, platform: str) -> str | None: ...
+    def unsupported(self, platform: str) -> str | None: ...
 
 
 KERNELS: dict[str, Kernel] = {
@@ -54,7 +54,7 @@ KERNELS: dict[str, Kernel] = {
 def choose(platform: str) -> tuple[str, str]:
     """The kernel that ``auto`` stands for on a platform, and the reason in words."""
     if platform == "tpu":
-        reason = KERNELS["splash"].why_not(platform)
+        reason = KERNELS["splash"].unsupported(platform)
         if reason is None:
             return "splash", "the TPU kernel skips what the mask hides and holds no scores"
         return "chunked", f"splash cannot run: {reason}"
@@ -83,7 +83,7 @@ def resolve(name: str) -> str:
             f"attention kernel '{name}' is unknown{did_you_mean(name, KERNELS)}; expected auto or one of"
             f" {', '.join(KERNELS)}."
         )
-    reason = KERNELS[name].why_not(platform())
+    reason = KERNELS[name].unsupported(platform())
     if reason:
         raise UserError(
             f"attention kernel '{name}' cannot run here: {reason}. Set compute.attention to auto, or to"

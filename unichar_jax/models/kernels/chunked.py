@@ -71,7 +71,7 @@ class Chunked:
         # What a CPU computes on stays in its cache.
         return self._chunk or (128 if platform() == "cpu" else 512)
 
-    def why_not(self, platform: str) -> str | None:
+    def unsupported(self, platform: str) -> str | None:
         return None
 
     def prepare(self, q: TokenMeta, k: TokenMeta) -> Chunks:

@@ -83,7 +83,7 @@ class Flash:
     def __init__(self, interpret: bool = False):
         self.interpret = interpret
 
-    def why_not(self, platform: str) -> str | None:
+    def unsupported(self, platform: str) -> str | None:
         if not self.interpret and platform not in ("gpu", "cuda"):
             return f"it is a kernel for NVIDIA GPUs, and this is '{platform}'"
         return None

@@ -33,7 +33,7 @@ class Reference:
     def run(self, data: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return checkpoint_name(dense_attention(data, q, k, v), "attention_out")
 
-    def why_not(self, platform: str) -> str | None:
+    def unsupported(self, platform: str) -> str | None:
         return None
 
 

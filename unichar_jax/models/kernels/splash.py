@@ -5,7 +5,7 @@ int32 per query, evaluated inside the kernel, and the blocks that it leaves empt
 traced, so the mask is data.
 
 The library builds such masks on the host only. We build its ``MaskInfo`` ourselves and call the entry point
-beneath its public classes; ``why_not`` compares its signature with the one that this was written for.
+beneath its public classes; ``unsupported`` compares its signature with the one that this was written for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from unichar_jax.models.streams import TokenMeta
 try:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-except ImportError:  # reported by why_not
+except ImportError:  # reported by unsupported
     library = None
 
 _ENTRY_POINT = (
@@ -54,7 +54,7 @@ class Splash:
     def __init__(self, interpret: bool = False):
         self.interpret = interpret
 
-    def why_not(self, platform: str) -> str | None:
+    def unsupported(self, platform: str) -> str | None:
         if not self.interpret and platform != "tpu":
             return f"it is a TPU kernel, and this is '{platform}'"
         return _library_mismatch()
