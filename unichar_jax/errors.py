@@ -8,7 +8,7 @@ anything else that escapes is a bug and keeps its trace.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -26,3 +26,13 @@ def listed(lines: Sequence[Any], most: int = 20) -> str:
     """What a message lists, each on a line of its own: the first ones, and how many more there are."""
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
     return "".join(f"\n  {line}" for line in [*lines[:most], *more])
+
+
+def require_known(
+    what: str, name: str, options: Collection[str], expected: str = "one of", more: str = ""
+) -> None:
+    """Raises a ``UserError`` unless ``name`` is among the options: what it is, the closest one, and all of them."""
+    if name not in options:
+        raise UserError(
+            f"{what} '{name}' is unknown{did_you_mean(name, options)}; expected {expected} {', '.join(options)}{more}."
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ml_dtypes  # noqa: F401  numpy knows "bfloat16" once it is imported
 import numpy as np
 
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, require_known
 
 REMAT_POLICIES = ("none", "full", "offload_inputs", "attention", "most")
 
@@ -32,11 +32,7 @@ class Compute:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        if self.remat not in REMAT_POLICIES:
-            raise UserError(
-                f"compute.remat: '{self.remat}' is unknown{did_you_mean(self.remat, REMAT_POLICIES)};"
-                f" expected one of {', '.join(REMAT_POLICIES)}."
-            )
+        require_known("compute.remat:", self.remat, REMAT_POLICIES)
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"compute.dtype: expected bfloat16 or float32, got '{self.dtype}'.")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unichar_jax.config.ranges import require, require_multiple
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, require_known
 from unichar_jax.records import Findings, Record, read_settings, shown
 
 LLM_FILE, VIT_FILE, EXTRA_FILE = "llm_config.json", "vit_config.json", "extra_config.json"
@@ -344,9 +344,5 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
 
 def model_preset(name: str) -> ModelConfig:
     """Returns a named preset; an unknown name is a ``UserError`` with the closest one."""
-    if name not in MODEL_PRESETS:
-        raise UserError(
-            f"model preset '{name}' is unknown{did_you_mean(name, MODEL_PRESETS)}; expected one of"
-            f" {', '.join(MODEL_PRESETS)}."
-        )
+    require_known("model preset", name, MODEL_PRESETS)
     return MODEL_PRESETS[name]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unichar_jax.data.tasks import TASKS
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, did_you_mean, require_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,22 +103,16 @@ rather than from the stale ``_full`` files' counts."""
 
 def recipe_by_name(name: str) -> Recipe:
     """The recipe; a leading underscore, as in the reference's file names, is forgiven."""
-    if name.lstrip("_") not in RECIPES:
-        raise UserError(
-            f"data.recipe '{name}' is unknown{did_you_mean(name, RECIPES)}; expected one of"
-            f" {', '.join(RECIPES)}, or weights by task in data.tasks."
-        )
-    return RECIPES[name.lstrip("_")]
+    if name.lstrip("_") in RECIPES:
+        return RECIPES[name.lstrip("_")]
+    require_known("data.recipe", name, RECIPES, more=", or weights by task in data.tasks")
+    return RECIPES[name]
 
 
 def recipe_from_weights(weights: Mapping[str, float]) -> Recipe:
     """A recipe of the user's own: tasks weighed in samples."""
-    unknown = [task for task in weights if task not in TASKS]
-    if unknown:
-        raise UserError(
-            f"data.tasks: '{unknown[0]}' is unknown{did_you_mean(unknown[0], TASKS)}; expected some of"
-            f" {', '.join(TASKS)}."
-        )
+    for task in weights:
+        require_known("data.tasks:", task, TASKS, "some of")
     return Recipe((Group(1.0, dict(weights)),), "weights given by the user")
 
 

@@ -21,7 +21,7 @@ from typing import Literal
 
 from unichar_jax.data import templates
 from unichar_jax.data.character import Character, ChoiceQuestion, Dialogue, ImageFile, Scene
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import require_known
 
 T2I_TASKS = ("pure_t2i", "t2i", "t2i_with_thinking", "t2i_generation_instruction_only")
 VLM_TASKS = ("vlm", "vlm_extension", "vlm_thinking", "knowledge_qa", "vqa")
@@ -87,13 +87,6 @@ class EvalItem:
     image: ImageFile | None = None
     reference: str = ""
     options: tuple[tuple[str, str], ...] = ()
-
-
-def _known(name: str, options: tuple[str, ...], what: str) -> None:
-    if name not in options:
-        raise UserError(
-            f"{what} '{name}' is unknown{did_you_mean(name, options)}; expected one of {', '.join(options)}."
-        )
 
 
 # -- drawings and exchanges --------------------------------------------------------------------
@@ -178,7 +171,7 @@ def samples(character: Character, task: str) -> list[Sample]:
     Raises:
       UserError: no such task.
     """
-    _known(task, TASKS, "task")
+    require_known("task", task, TASKS)
     if task in T2I_TASKS:
         plans = [
             (
@@ -219,7 +212,7 @@ def eval_items(character: Character, test_set: str) -> list[EvalItem]:
     Raises:
       UserError: no such test set.
     """
-    _known(test_set, TEST_SETS, "test set")
+    require_known("test set", test_set, TEST_SETS)
     prefix = f"{character.split}/{character.dir_name}/{test_set}"
     items = _TEST_SETS[test_set](character)
     return [

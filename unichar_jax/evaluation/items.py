@@ -19,7 +19,7 @@ from typing import Any, Literal
 from unichar_jax.data import rolescape, templates
 from unichar_jax.data.character import Character, Scene
 from unichar_jax.data.tasks import EvalItem, eval_items
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, did_you_mean, require_known
 from unichar_jax.evaluation.subject import Prompt
 
 Context = Literal["name", "profile", "profile+picture"]
@@ -99,10 +99,7 @@ def items(case: Case, task: str, context: Context = "name") -> list[Item]:
       UserError: no such task or context.
     """
     for name, known, what in ((task, TASKS, "task"), (context, CONTEXTS, "context")):
-        if name not in known:
-            raise UserError(
-                f"{what} '{name}' is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}."
-            )
+        require_known(what, name, known)
     found = list(_SOURCES[task](_described(case, context)))
     if context == "profile+picture" and case.train.images:
         shown = case.train.images[0].path

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unichar_jax.data import templates
-from unichar_jax.errors import UserError
+from unichar_jax.errors import UserError, require_known
 from unichar_jax.evaluation import pictures, texts
 from unichar_jax.evaluation.items import DEFAULT_TASKS, TASKS, Case, Context, Item, items
 from unichar_jax.evaluation.outputs import Output, OutputStore
@@ -358,11 +358,7 @@ def _left_out(
 
 def known_tasks(names: Sequence[str]) -> tuple[str, ...]:
     """Task names, checked, in the order of tables."""
-    from unichar_jax.errors import did_you_mean
 
     for name in names:
-        if name not in TASKS:
-            raise UserError(
-                f"task '{name}' is unknown{did_you_mean(name, TASKS)}; expected some of {', '.join(TASKS)}."
-            )
+        require_known("task", name, TASKS, "some of")
     return tuple(name for name in TASKS if name in names)

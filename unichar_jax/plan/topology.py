@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, require_known
 from unichar_jax.parallel.chips import CHIPS, Chip
 
 # What the CUDA compiler asks of a device, where none is there (a GpuTargetConfigProto in text).
@@ -74,11 +74,7 @@ class Topology:
     def parse(cls, text: str) -> Topology:
         """Reads ``chip:AxB`` or ``chip:AxBxC``."""
         name, _, shape = text.partition(":")
-        if name not in CHIPS:
-            raise UserError(
-                f"topology '{text}': chip '{name}' is unknown{did_you_mean(name, CHIPS)}; expected one of"
-                f" {', '.join(CHIPS)}."
-            )
+        require_known(f"topology '{text}': chip", name, CHIPS)
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
             example = "h200:1x1x8" if CHIPS[name].platform == "cuda" else "v5e:8x8"
             raise UserError(f"topology '{text}': expected chip:AxB or chip:AxBxC, such as {example}.")

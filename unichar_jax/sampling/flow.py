@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unichar_jax.data.images import position_ids
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, require_known
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import schedule
@@ -68,11 +68,7 @@ class Guidance:
     renorm: str = field(default="global", metadata=dict(static=True))
 
     def __post_init__(self) -> None:
-        if self.renorm not in RENORMS:
-            raise UserError(
-                f"guidance.renorm: '{self.renorm}' is unknown{did_you_mean(self.renorm, RENORMS)};"
-                f" expected one of {', '.join(RENORMS)}."
-            )
+        require_known("guidance.renorm:", self.renorm, RENORMS)
 
     @property
     def uses(self) -> tuple[bool, bool]:

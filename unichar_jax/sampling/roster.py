@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, require_known
 from unichar_jax.models import lora, params
 from unichar_jax.models.unified import UnifiedModel
 
@@ -69,11 +69,7 @@ class Roster:
 
     def known(self, name: str) -> str:
         """``name`` itself; a ``UserError`` if nobody has it."""
-        if name not in self.models:
-            raise UserError(
-                f"character '{name}' is unknown{did_you_mean(name, self.models)}; expected one of"
-                f" {', '.join(self.models)}."
-            )
+        require_known("character", name, self.models)
         return name
 
     def get(self, name: str) -> tuple[UnifiedModel, str]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, require_known
 
 Solver = Literal["sde", "cps"]
 SOLVERS = ("sde", "cps")
@@ -69,11 +69,7 @@ class Noising:
     level: float = 1.3
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise UserError(
-                f"noising.solver: '{self.solver}' is unknown{did_you_mean(self.solver, SOLVERS)};"
-                f" expected one of {', '.join(SOLVERS)}."
-            )
+        require_known("noising.solver:", self.solver, SOLVERS)
         if self.level < 0:
             raise UserError(f"noising.level: expected at least 0, got {self.level}.")
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, require_known
 
 
 class Writer(Protocol):
@@ -104,9 +104,5 @@ def make_writers(names: Sequence[str], run_dir: Path, config: Any) -> list[Write
     """
     makers = {"tensorboard": lambda: TensorBoard(run_dir), "wandb": lambda: WeightsAndBiases(run_dir, config)}
     for name in names:
-        if name not in makers:
-            raise UserError(
-                f"run.writers: '{name}' is unknown{did_you_mean(name, makers)}; expected some of"
-                f" {', '.join(makers)}."
-            )
+        require_known("run.writers:", name, makers, "some of")
     return [makers[name]() for name in names] if jax.process_index() == 0 else []

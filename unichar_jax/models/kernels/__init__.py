@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import jax
 
-from unichar_jax.errors import UserError, did_you_mean
+from unichar_jax.errors import UserError, require_known
 from unichar_jax.models.kernels.chunked import Chunked
 from unichar_jax.models.kernels.flash import Flash
 from unichar_jax.models.kernels.reference import Reference
@@ -78,11 +78,7 @@ def resolve(name: str) -> str:
     """
     if name == "auto":
         return _announce(platform())
-    if name not in KERNELS:
-        raise UserError(
-            f"attention kernel '{name}' is unknown{did_you_mean(name, KERNELS)}; expected auto or one of"
-            f" {', '.join(KERNELS)}."
-        )
+    require_known("attention kernel", name, KERNELS, "auto or one of")
     reason = KERNELS[name].unsupported(platform())
     if reason:
         raise UserError(
