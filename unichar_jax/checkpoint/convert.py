@@ -41,11 +41,7 @@ from unichar_jax.checkpoint.writing import OnBytes
 from unichar_jax.config.model import LLM_FILE, ModelConfig, has_tied_head
 from unichar_jax.errors import UserError, did_you_mean, listed
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+DTYPES = {name: np.dtype(name) for name in ("float32", "bfloat16", "float16")}
 
 
 # -- the plan -----------------------------------------------------------------------------------------------
@@ -313,11 +309,7 @@ def convert(
 
 
 def execute(
-    made: Plan,
-    *,
-    verify: bool = False,
-    max_shard_bytes: int | None = None,
-    on_bytes: OnBytes | None = None,
+    made: Plan, *, verify: bool = False, max_shard_bytes: int | None = None, on_bytes: OnBytes | None = None
 ) -> None:
     """Writes what a plan says.
 

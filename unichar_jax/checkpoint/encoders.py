@@ -150,11 +150,7 @@ def read_config(folder: Path, model_type: str) -> Record:
 
 
 def _load(
-    path: Path,
-    module: M,
-    entries: tuple[table.Entry, ...],
-    without_weights: tuple[str, ...],
-    dtype: Any,
+    path: Path, module: M, entries: tuple[table.Entry, ...], without_weights: tuple[str, ...], dtype: Any
 ) -> M:
     tensors = TorchTensors([path])
     found = {

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -116,10 +115,7 @@ def save(
 
 
 def _write_whole(
-    path: Path,
-    cfg: ModelConfig,
-    infos: Mapping[str, ArrayInfo],
-    arrays: Iterable[tuple[str, np.ndarray]],
+    path: Path, cfg: ModelConfig, infos: Mapping[str, ArrayInfo], arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
     entries = {e.ours: e for e in table.model_table(cfg)}
     specs = {entries[n].torch: (entries[n].torch_shape, i.dtype) for n, i in infos.items()}
@@ -395,7 +391,7 @@ def load(
         names = params.stored_names(name, spec)
         if any(n in source.shapes for n in names):
             layers = _stacked(source, names, (len(names), *params.one_layer(spec).shape), dtype)
-            out[name] = _put(layers.reshape(spec.shape), spec, mesh)
+            out[name] = params.placed(spec, layers.reshape(spec.shape).__getitem__, mesh)
     return out
 
 
@@ -407,13 +403,6 @@ def _stacked(source: LoraFile, names: Sequence[str], shape: tuple[int, ...], dty
         if array is not None:
             layer[tuple(map(slice, array.shape))] = array
     return out
-
-
-def _put(array: np.ndarray, spec: params.ArraySpec, mesh: Mesh | None) -> jax.Array:
-    if mesh is None:
-        return jnp.asarray(array)
-    sharding = mesh_lib.sharding_for(spec.dims, spec.shape, mesh)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 # -- merging while weights stream ---------------------------------------------------------------------------

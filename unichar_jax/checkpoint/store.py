@@ -168,10 +168,7 @@ def _array_from_views(
             copy_into(target, weights.view(layer)[index[1:]])
         return out
 
-    if mesh is None:
-        return jnp.asarray(block((slice(None),) * len(spec.shape)))
-    sharding = mesh_lib.sharding_for(spec.dims, spec.shape, mesh)
-    return jax.make_array_from_callback(spec.shape, sharding, block, dtype=dtype)
+    return params.placed(spec, block, mesh, dtype)
 
 
 def _arrays_from_orbax(

@@ -21,14 +21,7 @@ import numpy as np
 
 from unichar_jax.checkpoint import table
 from unichar_jax.checkpoint.arrays import ArrayInfo, grouped
-from unichar_jax.checkpoint.torch_files import (
-    AE_FILE,
-    HEAD,
-    UNTIED,
-    TorchTensors,
-    model_files,
-    open_model,
-)
+from unichar_jax.checkpoint.torch_files import AE_FILE, HEAD, UNTIED, TorchTensors, model_files, open_model
 from unichar_jax.config.model import ModelConfig
 from unichar_jax.errors import UserError
 from unichar_jax.models.lora import is_adapter
@@ -101,9 +94,7 @@ def raise_problems(problems: Mapping[str, Problems]) -> None:
 
 
 def check_arrays(
-    problems: Problems,
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, ArrayInfo],
+    problems: Problems, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, ArrayInfo]
 ) -> None:
     """Adds every difference between the expected shapes and the stored arrays."""
     problems.unmapped += [f"{n} {list(i.shape)}" for n, i in found.items() if n not in expected]

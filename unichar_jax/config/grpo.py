@@ -251,10 +251,7 @@ class GRPOConfig:
             f"lora.experts {self.lora.experts}: only the generation expert learns here, so that prompts are"
             " read once for the whole run; give ['gen'].",
         )
-        require(
-            sum(t.weight > 0 for t in self.reward) > 0,
-            "reward: no term has a positive weight; add one.",
-        )
+        require(sum(t.weight > 0 for t in self.reward) > 0, "reward: no term has a positive weight; add one.")
         names = [t.name for t in self.reward]
         require(len(set(names)) == len(names), f"reward: a term is named twice in {names}.")
 

@@ -335,11 +335,7 @@ _MINI = ModelConfig(
     max_latent_size=8,
 )
 
-MODEL_PRESETS: dict[str, ModelConfig] = {
-    "debug": _DEBUG,
-    "mini": _MINI,
-    "bagel-7b": ModelConfig(),
-}
+MODEL_PRESETS: dict[str, ModelConfig] = {"debug": _DEBUG, "mini": _MINI, "bagel-7b": ModelConfig()}
 
 
 def model_preset(name: str) -> ModelConfig:

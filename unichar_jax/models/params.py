@@ -138,6 +138,16 @@ def abstract(module: M, mesh: Mesh | None = None, dtype: Any = None) -> M:
     return jax.tree.map(struct, module)
 
 
+def placed(
+    spec: ArraySpec, block: Callable[[Any], np.ndarray], mesh: Mesh | None, dtype: Any = None
+) -> jax.Array:
+    """The array of a declaration on a mesh, or on the default device; ``block`` gives what stands at an index."""
+    if mesh is None:
+        return jnp.asarray(block((slice(None),) * len(spec.shape)))
+    sharding = mesh_lib.sharding_for(spec.dims, spec.shape, mesh)
+    return jax.make_array_from_callback(spec.shape, sharding, block, dtype=dtype)
+
+
 def initialize(module: M, seed: int, mesh: Mesh | None = None) -> M:
     """Arrays for every declaration, each from its own generator.
 

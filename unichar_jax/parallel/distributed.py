@@ -145,8 +145,7 @@ def find(
 Ask = Callable[[str], str] | None
 
 
-def _from_flags(cfg: HostsConfig, environ: Mapping[str, str], ask: Ask) -> Place | None:
-    del ask
+def _from_flags(cfg: HostsConfig, environ: Mapping[str, str], _: Ask) -> Place | None:
     coordinator = cfg.coordinator or environ.get(COORDINATOR, "")
     if not coordinator:
         return None
@@ -161,8 +160,7 @@ def _from_flags(cfg: HostsConfig, environ: Mapping[str, str], ask: Ask) -> Place
     return Place(index, count, coordinator, "flags")
 
 
-def _from_slurm(cfg: HostsConfig, environ: Mapping[str, str], ask: Ask) -> Place | None:
-    del ask
+def _from_slurm(cfg: HostsConfig, environ: Mapping[str, str], _: Ask) -> Place | None:
     needed = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST")
     if any(name not in environ for name in needed):
         return None  # not a task of srun
@@ -277,28 +275,23 @@ def preflight(place: Place, report: Mapping[str, Any], timeout: float, say: Call
       UserError: the same sentence on every process that is here: who is late, or what differs.
     """
     host, _, port = place.coordinator.rpartition(":")
-    deadline = time.monotonic() + timeout
     if place.index == 0:
-        error = _receive(place, report, int(port) + 1, deadline, timeout, say)
+        error = _receive(place, report, int(port) + 1, timeout, say)
     else:
-        error = _report(place, report, (host.strip("[]"), int(port) + 1), deadline, timeout)
+        error = _report(place, report, (host.strip("[]"), int(port) + 1), timeout)
     if error:
         raise UserError(error)
 
 
 def _receive(
-    place: Place,
-    report: Mapping[str, Any],
-    port: int,
-    deadline: float,
-    timeout: float,
-    say: Callable[[str], None],
+    place: Place, report: Mapping[str, Any], port: int, timeout: float, say: Callable[[str], None]
 ) -> str:
     """Process 0: collects the reports, and sends everybody the verdict."""
     reports: dict[int, Mapping[str, Any]] = {0: report}
     waiting: list[socket.socket] = []
     late = set(range(1, place.count))
     said = time.monotonic()
+    deadline = said + timeout
     with contextlib.ExitStack() as stack:
         try:
             wanted = port - 1  # JAX's own: its service would end with the others still waiting for it
@@ -350,11 +343,10 @@ def _receive(
     return error
 
 
-def _report(
-    place: Place, report: Mapping[str, Any], address: tuple[str, int], deadline: float, timeout: float
-) -> str:
+def _report(place: Place, report: Mapping[str, Any], address: tuple[str, int], timeout: float) -> str:
     """Another process: reports, and waits for the verdict."""
     last: Exception | None = None
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
             with socket.create_connection(address, timeout=5) as connection:

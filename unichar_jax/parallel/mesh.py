@@ -104,10 +104,7 @@ def gather(x: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
     return constrain(x, dims, drop=("fsdp",))
 
 
-gather.defvjp(
-    lambda x, dims: (gather(x, dims), None),
-    lambda dims, _, g: (constrain(g, dims),),
-)
+gather.defvjp(lambda x, dims: (gather(x, dims), None), lambda dims, _, g: (constrain(g, dims),))
 
 
 def _without(axes: str | tuple[str, ...] | None, drop: Sequence[str]) -> str | tuple[str, ...] | None:
