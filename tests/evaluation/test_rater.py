@@ -14,6 +14,7 @@ from unichar_jax.evaluation.outputs import OutputStore
 from unichar_jax.evaluation.pictures import Instruments
 from unichar_jax.evaluation.rater import RUBRICS, Rater, Reply, parse_score
 from unichar_jax.evaluation.suite import Plan, evaluate
+from unichar_jax.files import Journal
 
 ENDPOINT = Endpoint("http://localhost:1/v1", "judge", workers=2)
 REPLY = Reply("memorization", "Pip", "Pip likes $5 notes.", "What do you like?", "Pancakes.")
@@ -119,8 +120,8 @@ def test_marks_are_metrics_and_unparsed_answers_are_not(pip, tmp_path):
 
     rater = Rater(ENDPOINT, tmp_path / "marks.jsonl", ask)
     plan = Plan(("memorization", "personality"), seeds=1)
-    with OutputStore(tmp_path) as store:
-        results = evaluate(Scripted(), [pip], store, plan, Instruments(rater=rater))
+    store = OutputStore(tmp_path)
+    results = evaluate(Scripted(), [pip], store, plan, Instruments(rater=rater))
     assert results.interval("memorization", "judged").mean == 6.0
     assert results.interval("personality", "judged") is None
     assert "judged" not in results.left_out
@@ -131,3 +132,16 @@ def test_only_web_addresses(tmp_path):
         Endpoint("file:///etc/passwd", "judge")
     with pytest.raises(UserError, match="model's name"):
         Endpoint("http://localhost:8000/v1", "")
+
+
+def test_a_line_cut_off_harms_no_other(tmp_path):
+    """A process was killed while it wrote: what came before holds, and the next mark is not glued to the stump."""
+    path = tmp_path / "marks.jsonl"
+    journal = Journal(path, "score")
+    journal.add("a", 4, answer="Score: 4")
+    with path.open("ab") as file:
+        file.write('{"key": "b", "score": 3, "answer": "ö'.encode()[:-1])
+    again = Journal(path, "score")
+    assert again.known == {"a": 4}
+    again.add("c", None)
+    assert Journal(path, "score").known == {"a": 4, "c": None}

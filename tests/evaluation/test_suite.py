@@ -26,8 +26,7 @@ PLAN = Plan(seeds=2)
 
 def run(subject, case, folder, plan=PLAN, **options):
     options = {"instruments": Instruments(voices=PHRASES)} | options
-    with OutputStore(folder) as store:
-        return evaluate(subject, [case], store, plan, **options)
+    return evaluate(subject, [case], OutputStore(folder), plan, **options)
 
 
 def facts_of(case):
@@ -112,11 +111,11 @@ def test_shards_give_the_numbers_of_one_process(pip, tmp_path):
     seen = []
     for i in range(3):
         subject = Scripted()
-        with OutputStore(tmp_path / "many", writer=str(i)) as store:
-            collect(subject, [pip], store, PLAN, shard=(i, 3))
-            if i < 2:
-                with pytest.raises(UserError, match="are missing"):
-                    measure([pip], store, subject.fingerprint, PLAN)
+        store = OutputStore(tmp_path / "many", writer=str(i))
+        collect(subject, [pip], store, PLAN, shard=(i, 3))
+        if i < 2:
+            with pytest.raises(UserError, match="are missing"):
+                measure([pip], store, subject.fingerprint, PLAN)
         seen += subject.asked
     store = OutputStore(tmp_path / "many")
     together = measure([pip], store, "scripted", PLAN, Instruments(voices=PHRASES))

@@ -109,29 +109,29 @@ def run_evaluation(cfg: Evaluation, progress: Callable[[str], Progress] | None =
     whole = shard == (0, 1)
     instruments = _instruments(cfg, home, folder) if whole else Instruments()
     results = [originals(cases, plan, instruments)] if whole and cfg.originals else []
-    with OutputStore(folder, writer="" if whole else f"{shard[0]}-of-{shard[1]}") as store:
-        for model in models:
-            told = progress(model.label) if progress else None
-            asked = replace(plan, context=model.context)
-            with engines.load_engine(
-                model.path, "float32" if engines.is_small(model.path) else "bfloat16", weights=cfg.weights
-            ) as engine:
-                subject = _subject(cfg, engine, model.path)
-                if not whole:
-                    collect(subject, cases, store, asked, shard=shard, progress=told)
-                    continue
-                found = evaluate(
-                    subject,
-                    cases,
-                    store,
-                    asked,
-                    instruments,
-                    label=model.label,
-                    rewarded=_rewarded(model.path),
-                    progress=told,
-                )
-            results.append(replace(found, settings={**found.settings, **_settings(cfg, model)}))
-            results[-1].save(folder / f"results-{_file_name(model.label)}.json")
+    store = OutputStore(folder, writer="" if whole else f"{shard[0]}-of-{shard[1]}")
+    for model in models:
+        told = progress(model.label) if progress else None
+        asked = replace(plan, context=model.context)
+        with engines.load_engine(
+            model.path, "float32" if engines.is_small(model.path) else "bfloat16", weights=cfg.weights
+        ) as engine:
+            subject = _subject(cfg, engine, model.path)
+            if not whole:
+                collect(subject, cases, store, asked, shard=shard, progress=told)
+                continue
+            found = evaluate(
+                subject,
+                cases,
+                store,
+                asked,
+                instruments,
+                label=model.label,
+                rewarded=_rewarded(model.path),
+                progress=told,
+            )
+        results.append(replace(found, settings={**found.settings, **_settings(cfg, model)}))
+        results[-1].save(folder / f"results-{_file_name(model.label)}.json")
     if not whole:
         return Evaluated((), folder)
     page = write_report(_report(cfg, cases, results), folder / "report.html")

@@ -13,13 +13,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from PIL import Image
 
 from unichar_jax.errors import UserError
 from unichar_jax.evaluation.items import Item
-from unichar_jax.files import digest, replacing
+from unichar_jax.files import Journal, digest, read_journal, replacing
 
 PICTURES = "pictures"
 
@@ -62,15 +62,15 @@ class OutputStore:
 
     def __init__(self, folder: str | Path, writer: str = ""):
         self.folder = Path(folder)
-        self._path = self.folder / (f"outputs-{writer}.jsonl" if writer else "outputs.jsonl")
-        self._file: TextIO | None = None
-        self._known: dict[str, Mapping[str, Any]] = {}
+        self._journal = Journal(
+            self.folder / (f"outputs-{writer}.jsonl" if writer else "outputs.jsonl"), "output"
+        )
         for path in sorted(self.folder.glob("outputs*.jsonl")):
-            self._known |= _read(path)
+            self._journal.known |= read_journal(path, "output")
 
     def get(self, item: Item, seed: int, fingerprint: str) -> Output | None:
         """The output, if it is there."""
-        data = self._known.get(output_key(item, seed, fingerprint))
+        data = self._journal.known.get(output_key(item, seed, fingerprint))
         if data is None:
             return None
         if "picture" in data:
@@ -96,48 +96,12 @@ class OutputStore:
                 data["picture"] = f"{PICTURES}/{key}.png"
                 _save(picture, self.folder / data["picture"])
             where = {"task": item.task, "character": item.character, "item": item.key, "seed": seed}
-            line = json.dumps(
-                {"key": key, **where, "subject": fingerprint, "output": data}, ensure_ascii=False
-            )
-            self._lines().write(line + "\n")
-            self._lines().flush()
+            self._journal.add(key, data, **where, subject=fingerprint)
         except OSError as error:
             raise UserError(
                 f"{self.folder}: an output cannot be written ({error}). Make room or give another folder;"
                 " what is there is kept, and the same command goes on."
             ) from None
-        self._known[key] = data
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __enter__(self) -> OutputStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _lines(self) -> TextIO:
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            cut_off = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-            self._file = self._path.open("a", encoding="utf-8")
-            if cut_off and self._path.stat().st_size:
-                self._file.write("\n")
-        return self._file
-
-
-def _read(path: Path) -> dict[str, Mapping[str, Any]]:
-    found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            found[record["key"]] = record["output"]
-        except (ValueError, KeyError, TypeError):  # cut off when a process was killed
-            continue
-    return found
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -17,10 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from threading import Lock
 
 from unichar_jax.evaluation.endpoint import Endpoint, chat, persist
-from unichar_jax.files import digest
+from unichar_jax.files import Journal, digest
 
 LOWEST, HIGHEST = 1, 7
 RUBRICS = ("memorization", "personality")
@@ -66,16 +65,8 @@ class Rater:
         ask: Callable[[Endpoint, str], str] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        self.endpoint, self._memory = endpoint, Path(memory)
-        self._ask, self._sleep, self._lock = ask or chat, sleep, Lock()
-        self._known: dict[str, int | None] = {}
-        if self._memory.is_file():
-            for line in self._memory.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                    self._known[record["key"]] = record["score"]
-                except (ValueError, KeyError, TypeError):  # cut off when a process was killed
-                    continue
+        self.endpoint, self._memory = endpoint, Journal(memory, "score")
+        self._ask, self._sleep = ask or chat, sleep
 
     def rate(self, replies: Sequence[Reply]) -> list[int | None]:
         """A mark from 1 to 7 for every reply; None where the judge gave none.
@@ -90,22 +81,14 @@ class Rater:
         prompt = reply.prompt()
         told = json.dumps([self.endpoint.url, self.endpoint.model, prompt])
         key = digest(told)[:24]
-        if key not in self._known:
+        if key not in self._memory.known:
             answer = self._persist(prompt)
-            self._remember(key, parse_score(answer), answer)
-        return self._known[key]
+            self._memory.add(key, parse_score(answer), answer=answer)
+        return self._memory.known[key]
 
     def _persist(self, prompt: str) -> str:
-        kept = f"Marks given so far are kept in {self._memory}, and the same command goes on."
+        kept = f"Marks given so far are kept in {self._memory.path}, and the same command goes on."
         return persist(self.endpoint, lambda: self._ask(self.endpoint, prompt), kept, self._sleep)
-
-    def _remember(self, key: str, score: int | None, answer: str) -> None:
-        line = json.dumps({"key": key, "score": score, "answer": answer}, ensure_ascii=False)
-        with self._lock:
-            self._known[key] = score
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
-            with self._memory.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
 
 
 def parse_score(answer: str) -> int | None:

@@ -299,7 +299,7 @@ class Worker:
         with ExitStack() as stack:
             subjects = [self._subject(path, stack) for path in models]
             subject = Piped(subjects[0], subjects[1]) if variant.pipe else subjects[0]
-            store = stack.enter_context(OutputStore(folder / "outputs"))
+            store = OutputStore(folder / "outputs")
             return evaluate(
                 subject, [case], store, plan, self.instruments, label=variant.title, rewarded=rewarded
             )

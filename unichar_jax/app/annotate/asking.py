@@ -14,7 +14,7 @@ from typing import Any
 
 from unichar_jax.app.annotate.kinds import KINDS, Facts, Reject, Value, plain
 from unichar_jax.data.images import content_of
-from unichar_jax.files import digest
+from unichar_jax.files import Journal, digest
 
 Ask = Callable[[str, Path | None], str]
 """A prompt and a picture to the model's answer."""
@@ -74,36 +74,19 @@ class Answers:
     """
 
     def __init__(self, ask: Ask, who: str, memory: Path):
-        self._ask, self._who, self._memory, self._lock = ask, who, memory, Lock()
-        self._known: dict[str, str] = {}
-        self.asked = 0
-        self._cut_off = False
-        if memory.is_file():
-            text = memory.read_text(encoding="utf-8")
-            self._cut_off = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
-                try:
-                    record = json.loads(line)
-                    self._known[record["key"]] = record["answer"]
-                except (ValueError, KeyError, TypeError):  # cut off when a process was killed
-                    continue
+        self._ask, self._who, self._memory = ask, who, Journal(memory, "answer")
+        self.asked, self._lock = 0, Lock()
 
     def __call__(self, prompt: str, image: Path | None, attempt: int) -> str:
         """The answer; ``attempt`` tells apart when the same is asked again."""
         seen = content_of(image) if image else ""
         told = json.dumps([self._who, prompt, seen, attempt])
         key = digest(told)[:24]
-        if key not in self._known:
-            answer = self._ask(prompt, image)
-            line = json.dumps({"key": key, "answer": answer}) + "\n"
+        if key not in self._memory.known:
+            self._memory.add(key, self._ask(prompt, image))
             with self._lock:
                 self.asked += 1
-                self._known[key] = answer
-                self._memory.parent.mkdir(parents=True, exist_ok=True)
-                with self._memory.open("a", encoding="utf-8") as file:
-                    file.write("\n" * self._cut_off + line)
-                self._cut_off = False
-        return self._known[key]
+        return self._memory.known[key]
 
 
 class Taken:
