@@ -101,14 +101,7 @@ def convert(
         console.print("dry run: nothing was written")
         return None
     started = time.perf_counter()
-    columns = (
-        "[progress.description]{task.description}",
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with PeakMemory() as memory, Progress(*columns, console=console) as progress:
+    with PeakMemory() as memory, _progress(console) as progress:
         task = progress.add_task("converting", total=convert_lib.total_bytes(made, verify))
         convert_lib.execute(
             made,
@@ -116,10 +109,30 @@ def convert(
             max_shard_bytes=None if max_shard_gib is None else int(max_shard_gib * _GIB),
             on_bytes=lambda n: progress.advance(task, n),
         )
-    used = "" if memory.peak is None else f", peak memory {memory.peak / _GIB:.2f} GiB"
     checked = ", every array compared" if verify else ""
-    console.print(f"wrote {dst} in {time.perf_counter() - started:.0f} s{used}{checked}")
+    console.print(f"wrote {dst} {_took(started, memory)}{checked}")
     return None
+
+
+def _progress(console: Console) -> Progress:
+    """A bar of bytes."""
+    told = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*told, TimeRemainingColumn(), console=console)
+
+
+def _took(started: float, memory: PeakMemory) -> str:
+    used = "" if memory.peak is None else f", peak memory {memory.peak / _GIB:.2f} GiB"
+    return f"in {time.perf_counter() - started:.0f} s{used}"
+
+
+def _table(title: str, *heads: str) -> Table:
+    """A table; what stands under a head that begins with ``>`` are numbers."""
+    table = Table(title=title)
+    for head in heads:
+        table.add_column(
+            head.removeprefix(">"), justify="right" if head[0] == ">" else "left", overflow="fold"
+        )
+    return table
 
 
 def _exactly(paths: tuple[Path, ...], usage: str) -> tuple[Path, ...]:
@@ -147,13 +160,7 @@ def _difference(
     character: dict[str, str] | None,
 ) -> None:
     started = time.perf_counter()
-    columns = (
-        "[progress.description]{task.description}",
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with PeakMemory() as memory, Progress(*columns, console=console) as progress:
+    with PeakMemory() as memory, _progress(console) as progress:
         task = progress.add_task("comparing", total=None)
         report = low_rank.difference(
             finetune,
@@ -166,11 +173,7 @@ def _difference(
             character=character,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    table = Table(title=f"what {finetune} changed of {base}")
-    table.add_column("array", overflow="fold")
-    table.add_column("kept")
-    table.add_column("change / base", justify="right")
-    table.add_column("lost / change", justify="right")
+    table = _table(f"what {finetune} changed of {base}", "array", "kept", ">change / base", ">lost / change")
     for row in report.rows:
         relative = f"{row.change / row.base:.3g}" if row.base else "base is 0"
         table.add_row(row.name, row.kept, relative, f"{row.relative_loss:.3g}")
@@ -179,20 +182,16 @@ def _difference(
     hint = f"; {left_out} arrays are left out (--keep all keeps them whole)" if left_out else ""
     console.print(f"in all, {report.relative_loss:.3g} of the change is lost (Frobenius norm){hint}")
     size = sum(f.stat().st_size for f in dst.iterdir()) / 2**20
-    used = "" if memory.peak is None else f", peak memory {memory.peak / _GIB:.2f} GiB"
-    console.print(f"wrote {dst} ({size:.1f} MiB) in {time.perf_counter() - started:.0f} s{used}")
+    console.print(f"wrote {dst} ({size:.1f} MiB) {_took(started, memory)}")
 
 
 def accounting(made: convert_lib.Plan) -> Table:
     """The accounting of a conversion as a table."""
     kinds = ("PyTorch safetensors", "Orbax")
     source, target = kinds if made.to_orbax else kinds[::-1]
-    table = Table(title=f"{source} to {target}: {made.flavour}", caption_justify="left")
-    for column in ("part", "from"):
-        table.add_column(column)
-    for column in ("arrays", "parameters", "GiB"):
-        table.add_column(column, justify="right")
-    table.add_column("dtype")
+    heads = ("part", "from", ">arrays", ">parameters", ">GiB", "dtype")
+    table = _table(f"{source} to {target}: {made.flavour}", *heads)
+    table.caption_justify = "left"
     for part in made.parts:
         stored, written = ", ".join(part.stored_dtypes), ", ".join(part.written_dtypes)
         table.add_row(
@@ -223,18 +222,13 @@ def inspect(
     console = Console()
     found = inspect_lib.inspect(path, item)
     if arrays:
-        table = Table(title=f"arrays of {path}")
-        for column in ("name", "PyTorch name", "shape", "dtype", "in"):
-            table.add_column(column, overflow="fold")
+        table = _table(f"arrays of {path}", "name", "PyTorch name", "shape", "dtype", "in")
         for row in found.rows:
             shape = " x ".join(map(str, row.info.shape))
             table.add_row(row.name, row.torch, shape, str(row.info.dtype), row.info.where)
         console.print(table)
-    table = Table(
-        title=f"{path}: {sum(found.parameters.values()):,} parameters in {len(found.rows):,} arrays"
-    )
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
+    total = f"{sum(found.parameters.values()):,} parameters in {len(found.rows):,} arrays"
+    table = _table(f"{path}: {total}", "part", ">parameters")
     for group, count in found.parameters.items():
         table.add_row(group, f"{count:,}")
     console.print(table)
@@ -257,10 +251,7 @@ def diff(
       item_b: of a checkpoint step B, weights or ema.
     """
     console = Console()
-    table = Table(title=f"{a} and {b}")
-    table.add_column("array", overflow="fold")
-    table.add_column("largest difference", justify="right")
-    table.add_column("relative L2", justify="right")
+    table = _table(f"{a} and {b}", "array", ">largest difference", ">relative L2")
     for found in inspect_lib.diff(a, b, item_a=item_a, item_b=item_b):
         numbers = (found.note, "") if found.note else (f"{found.max_abs:.3g}", f"{found.rel_l2:.3g}")
         table.add_row(found.name, *numbers)
