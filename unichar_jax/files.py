@@ -61,7 +61,9 @@ class Journal:
 
     def add(self, key: str, value: Any, **more: Any) -> None:
         """Keeps a value; ``more`` is written beside it, for readers."""
-        line = json.dumps({"key": key, **more, self._field: value}, ensure_ascii=False) + "\n"
+        line = (
+            json.dumps({"key": key, **more, self._field: value}) + "\n"
+        )  # ASCII holds half a character, too
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
@@ -75,7 +77,7 @@ class Journal:
 def read_journal(path: Path, field: str) -> dict[str, Any]:
     """Values by key of a journal's file."""
     found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # texts hold other separators
         try:
             record = json.loads(line)
             found[record["key"]] = record[field]
