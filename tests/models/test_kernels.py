@@ -19,6 +19,7 @@ from unichar_jax.models import kernels, params
 from unichar_jax.models.kernels import layout as layout_lib
 from unichar_jax.models.kernels import splash as splash_lib
 from unichar_jax.models.kernels.chunked import Chunked
+from unichar_jax.models.kernels.cudnn import Cudnn
 from unichar_jax.models.streams import TokenMeta, visible
 from unichar_jax.models.vision import VisionTower
 from unichar_jax.parallel.mesh import make_mesh
@@ -26,6 +27,7 @@ from unichar_jax.parallel.mesh import make_mesh
 ROWS, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 150, 4, 2, 24
 FAST = {
     "chunked": Chunked(chunk=64),
+    "cudnn": Cudnn(implementation="xla"),
     "flash_interpret": kernels.KERNELS["flash_interpret"],
     "splash_interpret": kernels.KERNELS["splash_interpret"],
 }
@@ -190,9 +192,12 @@ def test_unknown_kernel_names_the_closest():
         kernels.get("chunk")
 
 
-def test_a_kernel_that_cannot_run_is_an_error():
-    with pytest.raises(UserError, match=r"splash.*TPU kernel, and this is 'cpu'.*compute\.attention"):
-        kernels.get("splash")
+@pytest.mark.parametrize(
+    ("name", "what"), [("splash", "TPU kernel"), ("flash", "NVIDIA"), ("cudnn", "NVIDIA")]
+)
+def test_a_kernel_that_cannot_run_is_an_error(name, what):
+    with pytest.raises(UserError, match=rf"'{name}'.*{what}.*, and this is 'cpu'.*compute\.attention"):
+        kernels.get(name)
 
 
 def test_another_jax_is_named(monkeypatch):
@@ -209,4 +214,5 @@ def test_auto_says_once_what_it_takes(caplog):
     assert len(caplog.messages) == 1
     assert "attention kernel: " in caplog.messages[0]
     assert kernels.choose("tpu")[0] == "splash"
-    assert kernels.choose("gpu")[0] == "chunked"
+    assert kernels.choose("gpu")[0] == kernels.choose("cuda")[0] == "flash"
+    assert kernels.choose("rocm")[0] == "chunked"

@@ -50,9 +50,8 @@ def load_engine(
     opened = {
         name: lora.open_lora(folder, cfg) for name, folder in (loras or {}).items()
     }  # before gigabytes are
-    engine = Engine.load(
-        step, EngineConfig(as_shipped=as_shipped), Compute(dtype=dtype), runs.weights_item(step), weights
-    )
+    compute = Compute(dtype=dtype, attention="auto")
+    engine = Engine.load(step, EngineConfig(as_shipped=as_shipped), compute, runs.weights_item(step), weights)
     for name, source in opened.items():
         engine.add_character(name, source.folder)
     return engine

@@ -451,3 +451,15 @@ def barrier(name: str, timeout: float = 3600.0) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"some processes did not come to '{name}' within {timeout:.0f} s: {error}") from None
     multihost_utils.sync_global_devices(name)
+
+
+def from_leader(name: str, value: int) -> int:
+    """Process 0's ``value``, in every process; it may take its time to find it."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    barrier(name)
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

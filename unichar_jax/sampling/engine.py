@@ -27,6 +27,7 @@ from unichar_jax.data import templates
 from unichar_jax.data.transforms import Transforms
 from unichar_jax.errors import UserError
 from unichar_jax.models.autoencoder import Autoencoder, decoding_in
+from unichar_jax.models.kernels import choice
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import context, flow, pixels, text
@@ -142,7 +143,9 @@ class Engine:
         from unichar_jax.checkpoint import store  # reading checkpoints takes long to import
         from unichar_jax.data.tokenizer import load_tokenizer
 
-        compute = compute or Compute()
+        compute = compute or Compute(attention="auto")
+        # As long as a picture of 1,024 pixels with its prompt.
+        choice.settle(compute, store.load_config(path).decoder, 4_608)
         model = store.load_model(path, compute=compute, dtype=compute.jax_dtype, item=item, weights=weights)
         tokenizer = load_tokenizer(store.config_folder(path), model.cfg)
         return cls(model, store.load_autoencoder(path), tokenizer, config, Transforms.of_folder(path))

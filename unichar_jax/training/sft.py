@@ -41,6 +41,7 @@ from unichar_jax.training.start import (
     profile_window,
     run_info,
     save_adapters,
+    settle_attention,
     with_adapters,
     write_run_folder,
 )
@@ -106,6 +107,7 @@ def train(
     write_run_folder(
         run, cfg, base, run_info("sft", cfg, base, loader.transforms, rows), portraits.chosen(data)
     )
+    settle_attention(run, cfg, base.cfg)
 
     declared, model = with_adapters(base, cfg, mesh)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)

@@ -41,6 +41,7 @@ from unichar_jax.data.transforms import Transforms
 from unichar_jax.errors import UserError
 from unichar_jax.models import params
 from unichar_jax.models.autoencoder import Autoencoder
+from unichar_jax.models.kernels import choice
 from unichar_jax.models.lora import add_lora, attach
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import distributed
@@ -196,6 +197,15 @@ def with_adapters(
     """Declarations and arrays of the model that is trained: the base, and adapters around it if any."""
     declared = declare(cfg, base.cfg)
     return declared, attach(base.model, declared, cfg.seed, mesh)
+
+
+def settle_attention(run: RunFolder, cfg: SFTConfig | GRPOConfig, model: ModelConfig) -> None:
+    """Decides what ``compute.attention = auto`` stands for, and keeps it with the run."""
+    if isinstance(cfg, SFTConfig):
+        length = sum(cfg.data.capacities or (cfg.data.tokens_per_row,))
+    else:  # a picture and its prompt
+        length = cfg.rollout.height * cfg.rollout.width // model.pixels_per_latent**2 + 128
+    choice.settle(cfg.compute, model.decoder, length, run.local / "attention.json")
 
 
 def save_adapters(cfg: SFTConfig | GRPOConfig, run: RunFolder, state: TrainState) -> Path:

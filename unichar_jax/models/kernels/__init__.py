@@ -2,8 +2,9 @@
 
 ``reference`` holds all scores; ``chunked`` runs on anything without L^2 memory; ``splash`` is the TPU's, ``flash``
 NVIDIA's.
-``auto`` takes the best one for the platform and says once in the log which and why. A kernel that is asked
-for by name and cannot run is an error, never another kernel.
+``cudnn`` calls that library, with the whole mask.
+``auto`` takes the best one for the platform (on a GPU: the fastest that is right there, ``choice.py``) and says once in
+the log which and why. A kernel that is asked for by name and cannot run is an error, never another kernel.
 
 What a backward pass can keep of a kernel carries the checkpoint name ``attention_out`` (``Compute.remat``).
 """
@@ -18,6 +19,7 @@ import jax
 
 from unichar_jax.errors import UserError, require_known
 from unichar_jax.models.kernels.chunked import Chunked
+from unichar_jax.models.kernels.cudnn import Cudnn
 from unichar_jax.models.kernels.flash import Flash
 from unichar_jax.models.kernels.reference import Reference
 from unichar_jax.models.kernels.sharded import platform
@@ -30,7 +32,8 @@ _log = logging.getLogger(__name__)
 class Kernel(Protocol):
     """An attention kernel.
 
-    ``prepare`` runs once per forward pass, ``run`` in every layer. Queries and keys are the same tokens.
+    ``prepare`` runs once per forward pass, ``run`` in every layer. Queries and keys are the same tokens; with
+    ``over_cache`` there may be more keys, cached ones before them (absent means False).
     ``unsupported`` says why the kernel cannot run on a platform, or None if it can.
     """
 
@@ -44,6 +47,7 @@ class Kernel(Protocol):
 KERNELS: dict[str, Kernel] = {
     "reference": Reference(),
     "chunked": Chunked(),
+    "cudnn": Cudnn(),
     "flash": Flash(),
     "flash_interpret": Flash(interpret=True),
     "splash": Splash(),
@@ -51,14 +55,27 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+_settled: dict[str, tuple[str, str]] = {}
+
+
+def settle(name: str, reason: str) -> None:
+    """From now on ``auto`` is this kernel on the platform of the default device."""
+    _settled[platform()] = name, reason
+    _announce.cache_clear()
+
+
 def choose(platform: str) -> tuple[str, str]:
     """The kernel that ``auto`` stands for on a platform, and the reason in words."""
+    if platform in _settled:
+        return _settled[platform]
     if platform == "tpu":
         reason = KERNELS["splash"].unsupported(platform)
         if reason is None:
             return "splash", "the TPU kernel skips what the mask hides and holds no scores"
         return "chunked", f"splash cannot run: {reason}"
-    if platform in ("gpu", "cuda", "rocm"):
+    if platform in ("gpu", "cuda"):
+        return "flash", "the GPU kernel skips what the mask hides and holds no scores"
+    if platform == "rocm":
         return "chunked", "it skips what the mask hides and holds no scores, on any GPU"
     return "reference", f"dense attention is the fastest on short rows on '{platform}'"
 

@@ -45,6 +45,7 @@ from unichar_jax.training.start import (
     profile_window,
     run_info,
     save_adapters,
+    settle_attention,
     with_adapters,
     write_run_folder,
 )
@@ -174,6 +175,7 @@ def train(
         trainer, layout, state, declared = prepare(cfg, base, mesh)
         info = run_info("grpo", cfg, base, base.source.transforms)
         write_run_folder(run, cfg, base, info, base.source.characters)
+        settle_attention(run, cfg, base.cfg)
         del base  # a resumed run has other arrays; do not hold two models
         count = len(trainer.prompts) - trainer.held_out
         say(
