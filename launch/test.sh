@@ -7,10 +7,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$repository"
 
-marks="not slow and not torch" extras=(test)
+marks="not slow and not torch" extras=(test gpu-compiler)
 if [ "${1:-}" = "--all" ]; then
   shift
-  marks="" extras=(test torch)
+  marks="" extras=(test gpu-compiler torch)
 fi
 prepare_environment "${extras[@]}"
 

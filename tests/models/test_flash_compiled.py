@@ -72,6 +72,8 @@ def registers(folder: Path) -> dict[str, tuple[int, int]]:
     """Of each kernel: registers of a thread, and bytes that it spills (stores and loads)."""
     found = {}
     for ptx in folder.glob("*.ptx"):
+        if ".entry flash_" not in ptx.read_text():
+            continue
         command = [assembler(), "-v", "-arch=sm_90a", ptx, "-o", folder / "kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         pattern = (
@@ -145,4 +147,4 @@ def test_layers_share_what_was_prepared_and_keep_what_the_backward_pass_wants():
             and "fused_computation" not in computation
         ):
             sorts.append(computation)
-    assert all(s.startswith("ENTRY") for s in sorts), sorts
+    assert sorts and all(s.startswith("ENTRY") for s in sorts), sorts

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.sampling.decoding import decode
 from unichar_jax.config.compute import Compute
 from unichar_jax.models import attention
 from unichar_jax.models.unified import UnifiedModel
@@ -81,7 +82,7 @@ def test_pictures_are_the_same(models, prompts):
 
 def test_texts_are_the_same(models, prompts):
     wanted = [text.TextSettings(max_tokens=6)] * 3
-    flash, dense = (text.decode(model, read(model, prompts), wanted)[0] for model in models)
+    flash, dense = (decode(model, read(model, prompts), wanted)[0] for model in models)
     assert flash == dense
     assert all(flash)
 

@@ -283,7 +283,7 @@ def report(plan: Plan) -> str:
         f"  executed, dense         {executed.dense / tera:10,.1f}  ({plan.recomputed:+.1%} over useful)",
         f"  executed, in kernels    {executed.kernels / tera:10,.1f}  (at most: if no block were skipped)"
         if executed.kernels
-        else "  attention's chunks are not counted: the mask decides how many there are",
+        else "  attention is not counted: the mask decides how many of its tiles there are",
         f"  floor at {chip.flops / 1e12:,.0f} TFLOP/s    {plan.floor_seconds:10.3f}  s",
         "",
         "collectives of one device and step",

@@ -125,6 +125,5 @@ def _require_cuda_compiler() -> None:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise UserError(
             "planning for NVIDIA GPUs needs the CUDA compiler, which runs on a CPU host too:"
-            " pip install 'unichar-jax[cuda]', or without CUDA's libraries:"
-            f" pip install --no-deps jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}."
+            " pip install 'unichar-jax[cuda]', or without CUDA's libraries: pip install 'unichar-jax[gpu-compiler]'."
         )

@@ -7,8 +7,8 @@ Keys that stand in a good order have this property. Two orders do:
 - cached keys with the new ones behind them: a query sees a part of the cache and a part of the new keys.
 
 The intervals are read off ``streams.visible`` itself, so the rule of who sees whom is written once. Pairs are
-looked at, none is kept: time of L^2 once in a forward pass (integers, on a GPU well under one layer's attention),
-memory of L. Where what a query sees is not two intervals, that is told, and its attention is to be NaN.
+looked at, some queries at a time: time of L^2 once in a forward pass (integers, on a GPU well under one layer's
+attention), memory of L. Where what a query sees is not two intervals, that is told, and its attention is to be NaN.
 
 Which tiles of keys meet which tiles of queries follows from the intervals (``Walks``), forward and backward.
 """
@@ -21,6 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from unichar_jax.models.streams import TokenMeta, visible
+
+_AT_ONCE = 256
+"""Queries whose pairs are looked at together: the compiler keeps these pairs for a moment."""
 
 
 def storage_order(meta: TokenMeta) -> jax.Array:
@@ -47,16 +50,22 @@ class Intervals:
     def of(cls, q: TokenMeta, k: TokenMeta, second: jax.Array) -> Intervals:
         """The intervals of queries ``[B, Lq]`` over keys ``[B, Lk]``; ``second`` (bool, like the keys) says which
         keys the second interval is of."""
-        mask = visible(q, k)
         at = jnp.arange(k.shape[1])
-        bounds, exact = [], jnp.array(True)
-        for keys in (~second, second):
-            sees = mask & keys[:, None]
-            start = jnp.where(sees, at, at.size).min(axis=2)
-            end = jnp.where(sees, at + 1, 0).max(axis=2)
-            exact &= sees.sum(axis=2) == jnp.maximum(end - start, 0)
-            bounds += [start, end]
-        return cls(jnp.stack(bounds, axis=1).astype(jnp.int32), exact)
+
+        def of_row(q: TokenMeta, k: TokenMeta, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def of_query(query: TokenMeta) -> tuple[jax.Array, jax.Array]:
+                mask = visible(*(jax.tree.map(jnp.atleast_2d, x) for x in (query, k)))[0, 0]
+                bounds, exact = [], jnp.array(True)
+                for sees in (mask & ~second, mask & second):
+                    start, end = jnp.where(sees, at, at.size).min(), jnp.where(sees, at + 1, 0).max()
+                    exact &= sees.sum() == jnp.maximum(end - start, 0)
+                    bounds += [start, end]
+                return jnp.stack(bounds).astype(jnp.int32), exact
+
+            bounds, exact = jax.lax.map(of_query, q, batch_size=_AT_ONCE)
+            return bounds.T, exact
+
+        return cls(*jax.vmap(of_row)(q, k, second))
 
 
 def walks(bounds: jax.Array, keys: int, tile: tuple[int, int], over_keys: bool) -> jax.Array:
