@@ -1,7 +1,8 @@
 """cuDNN's attention under the whole mask, through ``jax.nn.dot_product_attention``.
 
-Fast where the mask hides little, but not made for it: the mask becomes a bias of L^2 numbers, and nothing that it
-hides is skipped. The library must be there to compile it, so no program for described devices contains it.
+Fast where the mask hides little, but not made for it: the mask becomes a bias of L^2 numbers, nothing that it hides is
+skipped, and (in jax 0.10.2, without a switch) the backward pass writes a gradient of that bias, which nobody reads.
+The library must be there to compile it, so no program for described devices contains it.
 """
 
 from __future__ import annotations
