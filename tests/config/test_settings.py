@@ -251,7 +251,7 @@ JSON = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_values_end_well_or_in_a_user_error(tmp_path_factory, data: st.DataObject) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    folder = tmp_path_factory.mktemp("settings")
     for name, content in model_preset("mini").to_bagel().items():
         keys = [*content, "rope_scaling", "rope_parameters", "head_dim", "layer_types", "model_type"]
         changes = data.draw(st.dictionaries(st.sampled_from(keys), JSON, max_size=2))
