@@ -1,8 +1,8 @@
 """Writes the tables of speed and memory in README.md and docs/performance.md from the records of ``unichar bench``.
 
 A table stands between ``<!-- benchmarks: KIND -->`` and ``<!-- end -->``, where KIND is compiled, measured, or
-memory (of compiled programs, and no more); everything between them is replaced. Records are in docs/benchmarks,
-one file for each kind of device.
+prices (what fits on which card, and how long it takes); everything between them is replaced. Records are in
+docs/benchmarks, one file for each kind of device.
 
     python scripts/performance_table.py            # write
     python scripts/performance_table.py --check    # exit code 1 if a document says something else
@@ -22,7 +22,7 @@ RECORDS = REPOSITORY / "docs" / "benchmarks"
 DOCUMENTS = ("README.md", "docs/performance.md")
 
 GIB, TERA = 2**30, 1e12
-_TABLE = re.compile(r"(<!-- benchmarks: (compiled|measured|memory) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- benchmarks: (compiled|measured|prices) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Record = dict[str, Any]
 
@@ -52,16 +52,51 @@ def _device_memory(r: Record) -> str:
     return f"{used / GIB:.1f} of {r['chip_memory'] / GIB:.1f}" + ("" if r["fits"] else ": does not fit")
 
 
-def memory_table(found: list[Record]) -> str:
-    """What fits where."""
-    lines = [
-        _row("`unichar plan` ...", "memory of a device, GiB", "of its host", "kernel", "mark"),
-        "|---|---|---|---|---|",
-    ]
+JOBS = {
+    "draw": "a picture of 1,024 px",
+    "chat": "a reply",
+    "sft-lora-bagel-7b": "stage 1, adapters, 500 steps",
+    "grpo-bagel-7b": "stage 2, 100 rounds",
+    "sft-bagel-7b": "stage 1, all weights, 500 steps",
+}
+"""Commands of ``unichar plan``, and what the list calls them."""
+
+SHARE, STEPS, ROUNDS = 0.4, 500, 100
+"""Of the least time at the data sheet's peak that work is taken to run at; and the lengths of the stages."""
+
+
+def price_table(found: list[Record]) -> str:
+    """What fits on which card, and how long it takes."""
+    cells: dict[str, dict[str, list[str]]] = {}
     for r in _ordered(found):
-        command = r["command"].removeprefix("unichar plan ")
-        lines.append(_row(f"`{command}`", _device_memory(r), _host_memory(r), _kernel(r), "compiled"))
+        _, _, job, _, topology, *options = r["command"].split()
+        cells.setdefault(_name(r), {}).setdefault(job, []).append(_price(r, job, options))
+    order = sorted(cells, key=lambda name: next(_total(r) for r in found if _name(r) == name))
+    lines = [_row("card", *JOBS.values()), "|---" * (len(JOBS) + 1) + "|"]
+    lines += [_row(name, *("; ".join(cells[name].get(job, ["–"])) for job in JOBS)) for name in order]
     return "\n".join(lines) + "\n"
+
+
+def _name(r: Record) -> str:
+    return f"{r['devices']} x {r['chip']}"
+
+
+def _total(r: Record) -> float:
+    return r["devices"] * r["chip_memory"]
+
+
+def _price(r: Record, job: str, options: list[str]) -> str:
+    """Memory and forecast time of one job; the options that make it fit are named."""
+    peak = r["peak"] if "peak" in r else None
+    text = f"{peak / GIB:.1f} GiB" if peak is not None else f"{_device_memory(r).split(' of ')[0]} GiB"
+    if not r["fits"]:
+        return f"does not fit ({text})"
+    seconds = r["floor_seconds"] / SHARE
+    if job in ("draw", "chat"):
+        text += f", {seconds:.0f} s" if seconds >= 10 else f", {seconds:.1f} s"
+    else:
+        text += f", {seconds * (ROUNDS if job.startswith('grpo') else STEPS) / 3600:.1f} h"
+    return text + (f" (`{' '.join(options)}`)" if options else "")
 
 
 def _host_memory(r: Record) -> str:
@@ -133,11 +168,15 @@ def measured_table(found: list[Record]) -> str:
 
 def rendered(text: str, found: list[Record]) -> str:
     """A document with its tables made anew."""
-    make = {"compiled": compiled_table, "measured": measured_table, "memory": memory_table}
+    steps = [r for r in found if r["mark"] == "compiled" and "programs" not in r]
+    tables = {
+        "compiled": compiled_table(steps),
+        "measured": measured_table([r for r in found if r["mark"] == "measured"]),
+        "prices": price_table([r for r in found if r["mark"] == "compiled"]),
+    }
 
     def table(match: re.Match[str]) -> str:
-        mark = "compiled" if match[2] == "memory" else match[2]
-        return match[1] + make[match[2]]([r for r in found if r["mark"] == mark]) + match[3]
+        return match[1] + tables[match[2]] + match[3]
 
     return _TABLE.sub(table, text)
 
