@@ -69,7 +69,7 @@ def price_table(found: list[Record]) -> str:
     """What fits on which card, and how long it takes."""
     cells: dict[str, dict[str, list[str]]] = {}
     for r in _ordered(found):
-        _, _, job, _, topology, *options = r["command"].split()
+        _, _, job, _, _topology, *options = r["command"].split()
         cells.setdefault(_name(r), {}).setdefault(job, []).append(_price(r, job, options))
     order = sorted(cells, key=lambda name: next(_total(r) for r in found if _name(r) == name))
     lines = [_row("card", *JOBS.values()), "|---" * (len(JOBS) + 1) + "|"]
@@ -87,7 +87,7 @@ def _total(r: Record) -> float:
 
 def _price(r: Record, job: str, options: list[str]) -> str:
     """Memory and forecast time of one job; the options that make it fit are named."""
-    peak = r["peak"] if "peak" in r else None
+    peak = r.get("peak", None)
     text = f"{peak / GIB:.1f} GiB" if peak is not None else f"{_device_memory(r).split(' of ')[0]} GiB"
     if not r["fits"]:
         return f"does not fit ({text})"

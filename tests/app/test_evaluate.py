@@ -30,7 +30,7 @@ def stubbed(monkeypatch, tmp_path):
         asked.append(made)
         return made
 
-    monkeypatch.setattr(engines, "load_engine", lambda path, dtype: nullcontext())
+    monkeypatch.setattr(engines, "load_engine", lambda path, dtype, weights=None: nullcontext())
     monkeypatch.setattr(engines, "is_small", lambda path: False)
     monkeypatch.setattr(evaluate, "_subject", subject)
     for name in ("base", "sft"):

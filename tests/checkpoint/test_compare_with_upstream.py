@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.sampling.decoding import decode
 from unichar_jax.checkpoint import store
 from unichar_jax.config.compute import Compute
 from unichar_jax.data.tokenizer import load_tokenizer
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow, pixels
-from unichar_jax.sampling.text import TextSettings, decode
+from unichar_jax.sampling.text import TextSettings
 
 from .conftest import REPOSITORY
 

@@ -36,6 +36,7 @@ from unichar_jax.models.decoder import Compute
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.parallel.mesh import MeshConfig
+from unichar_jax.sampling.roster import BASE
 from unichar_jax.sampling.session import Persona
 from unichar_jax.scoring import visual_questions
 from unichar_jax.training import grpo, sft
@@ -153,7 +154,7 @@ def test_training_engine_reward_and_evaluation_see_the_same(tiny_root, tmp_path,
     for home in (run, second):
         with engines.load_engine(home) as engine:
             assert engine.parts.transforms == expected
-            subject = EngineSubject(engine)
+            subject, model = EngineSubject(engine), engine.models[BASE]
             for path, seen in trained.items():
                 np.testing.assert_array_equal(engine.parts.look(path).tokens, seen)
                 np.testing.assert_array_equal(subject._parts(Prompt("?", path))[0].tokens, seen)
@@ -162,7 +163,7 @@ def test_training_engine_reward_and_evaluation_see_the_same(tiny_root, tmp_path,
     monkeypatch.setattr(visual_questions, "_patches", lambda *a: given.append(see(*a)) or given[-1])
     with Image.open(folder / "0.png") as picture:
         pixels = np.asarray(picture.convert("RGB"), np.float32) / np.float32(255)
-    built[0]._look(pixels[None])
+    built[0]._look(model, pixels[None])
     seen = trained[folder / "0.png"]
     np.testing.assert_array_equal(np.asarray(given[0])[0, : len(seen)], seen)
 

@@ -317,8 +317,8 @@ class Loader:
         if state["data"] != self._fingerprint:
             raise UserError(
                 "the training data changed since the checkpoint was written (samples, mixture, seed or"
-                " capacities), so it cannot be continued exactly. Undo the change, or start a new run"
-                " from the checkpoint's weights."
+                " capacities), so it cannot be continued exactly. Undo the change, start a new run from the"
+                " checkpoint's weights, or go on with the data from its beginning: --allow-changes."
             )
         self.close()
         self._sequence = int(state["sequence"])

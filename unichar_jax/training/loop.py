@@ -88,6 +88,7 @@ class Loop:
       save_every, log_every: in steps.
       hooks: called after a step whose number their interval divides, e.g. sample pictures.
       profile: steps to trace.
+      allow_changes: go on where the data is no longer what the checkpoint's position is of, from its beginning.
     """
 
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
@@ -100,6 +101,7 @@ class Loop:
     log_every: int
     hooks: Sequence[tuple[int, Hook]] = ()
     profile: ProfileWindow | None = None
+    allow_changes: bool = False
     _stop: bool = field(default=False, init=False)
 
     def resume(self, state: TrainState) -> TrainState:
@@ -116,7 +118,12 @@ class Loop:
         )
         flat = dict(self.layout.flat(weights))
         average = None if ema is None else dict(self.layout.flat(ema))
-        self.data.restore(host["data"])
+        try:
+            self.data.restore(host["data"])
+        except UserError as error:
+            if not self.allow_changes:
+                raise
+            self.log.say(f"note: {error} It goes on with the data from its beginning.")
         return TrainState(
             rest["step"],
             {k: flat[k] for k in state.params},

@@ -145,6 +145,7 @@ def train(
             log_every=cfg.log_every,
             hooks=[*((every, hook) for every, hook in watched if hook is not None), *hooks],
             profile=profile_window(cfg.run, run.local),
+            allow_changes=allow_changes,
         )
         del base, model
         if loop.manager.latest is not None:

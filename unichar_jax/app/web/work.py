@@ -224,7 +224,11 @@ def _go_on(session: Session, key: str, status: str | None = None) -> None:
 def _take(session: Session, key: str, job: Job) -> None:
     """Notes the job that an entry waits for, unless the visitor has stopped it just now."""
     session.take(job)
-    _go_on(session, key)
+    try:
+        _go_on(session, key)
+    except _Stopped:
+        job.cancel()
+        raise
 
 
 def _pieces(job: Job, session: Session, key: str):

@@ -198,6 +198,7 @@ def train(
             log_every=cfg.log_every,
             hooks=[*_hooks(cfg, trainer, run_dir, log, observe), *hooks],
             profile=profile_window(cfg.run, run_dir),
+            allow_changes=allow_changes,
         )
         state = trainer.state = loop.resume(state)
         done = int(state.step)
