@@ -67,6 +67,7 @@ def test_a_second_start_trains_nothing(made, monkeypatch):
     assert (cfg.out / "sft" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_every_printed_command_runs_as_printed(made, tmp_path, monkeypatch, capsys):
     """In a folder of the user's, with the words that are placeholders filled in."""
     cfg, _ = made

@@ -128,7 +128,8 @@ def test_a_reply_reads_the_understanding_expert_at_every_token():
     assert "tokens/s" in workload.report(made)
 
 
-@pytest.mark.parametrize("algorithm", ["nft", pytest.param("flow_grpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["nft", "flow_grpo"])
 def test_a_round_is_planned_by_the_trainer_s_own_programs(algorithm):
     cfg = presets.load(GRPOConfig, "grpo-mini")
     rollout = dataclasses.replace(cfg.rollout, height=32, width=32, batch=0)

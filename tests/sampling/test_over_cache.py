@@ -56,6 +56,7 @@ def test_what_is_read_is_what_dense_attention_reads(models, prompts):
         close(got * used, np.asarray(expected * used))
 
 
+@pytest.mark.slow
 def test_a_velocity_is_the_same_and_so_is_its_gradient(models, prompts):
     """Rows of different lengths; learned from through the cache."""
     start, cache = noise(3, GRID[0] * GRID[1], CONFIG.latent_dim), read(models[1], prompts)

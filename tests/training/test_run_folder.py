@@ -128,6 +128,7 @@ def test_a_run_keeps_its_bases_files_and_its_export_is_a_bagel_directory(base, t
     assert adapters["base_model_name_or_path"] == "a-base"
 
 
+@pytest.mark.slow
 def test_training_engine_reward_and_evaluation_see_the_same(tiny_root, tmp_path, monkeypatch):
     """With sizes that no model of this size would be guessed to have; patches are compared bit for bit."""
     folder = tiny_root / "train" / "Friends-Tess"
@@ -174,6 +175,7 @@ def test_a_directory_that_is_no_run_has_the_usual_sizes(base):
     assert (bagel.look.max_size, bagel.draw.max_size, bagel.look.square) == (980, 1024, False)
 
 
+@pytest.mark.slow
 def test_a_copied_run_is_met_anywhere(tiny_root, tmp_path, monkeypatch, capsys):
     """Chat, draw, serve and evaluate work on a copy, from another folder, with the data gone; evaluation, which
     measures against held-out pictures, is told where they are now."""

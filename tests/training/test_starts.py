@@ -129,6 +129,7 @@ def test_what_differs_is_told_field_by_field(tiny_root, tmp_path):
     assert runs.read_info(run).settings["seed"] == 5
 
 
+@pytest.mark.slow
 def test_devices_may_change_at_an_equal_global_batch(tiny_root, tmp_path):
     cfg = _config(tiny_root, tmp_path / "run")
     two = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, rows_per_device=2))
