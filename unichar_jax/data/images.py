@@ -17,7 +17,6 @@ This module knows nothing of characters or tasks, caches nothing, and never writ
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import io
 import os
@@ -27,6 +26,7 @@ import numpy as np
 from PIL import Image, features
 
 from unichar_jax.errors import UserError
+from unichar_jax.files import digest
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """File formats that are always read. HEIC and AVIF are read where Pillow, or its plugin, can."""
@@ -215,9 +215,8 @@ def open_image(
 
 def content_of(path: Path) -> str:
     """A digest of a picture's file that changes with the pixels it is seen as."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    orientation = image_header(path).orientation
-    return digest if orientation == 1 else f"{digest} turned {orientation}"
+    content, orientation = digest(path.read_bytes()), image_header(path).orientation
+    return content if orientation == 1 else f"{content} turned {orientation}"
 
 
 def _open(source: Source, root: Path | None, max_pixels: int) -> tuple[Image.Image, str]:

@@ -233,8 +233,8 @@ def _take(session: Session, key: str, job: Job) -> None:
 
 def _pieces(job: Job, session: Session, key: str):
     """A job's pieces while its entry is wanted."""
+    _take(session, key, job)
     try:
-        _take(session, key, job)
         for piece in job:
             _go_on(session, key)
             yield piece

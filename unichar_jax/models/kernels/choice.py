@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ import numpy as np
 
 from unichar_jax.config.compute import Compute, MeshConfig
 from unichar_jax.config.model import DecoderConfig
+from unichar_jax.files import digest, write_text
 from unichar_jax.models import kernels
 from unichar_jax.models.kernels.sharded import device_kind, platform
 from unichar_jax.models.streams import TokenMeta
@@ -251,16 +251,12 @@ def remembered(file: Path | None = None) -> dict[str, Choice]:
 
 def _write(file: Path, choices: Mapping[str, Choice]) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({k: dataclasses.asdict(v) for k, v in choices.items()}, indent=1))
-        temporary.replace(file)
+        write_text(file, json.dumps({k: dataclasses.asdict(v) for k, v in choices.items()}, indent=1))
     except OSError as error:
         _log.warning("the choice of an attention kernel is not remembered: %s", error)
 
 
 def _key(case: Case) -> str:
     """What a choice depends on: device, jax, the kernels' source, and the case."""
-    sources = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
-    digest = hashlib.sha256(sources).hexdigest()[:12]
-    return f"{device_kind()} | jax {jax.__version__} | kernels {digest} | {case}"
+    sources = digest(*(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))))[:12]
+    return f"{device_kind()} | jax {jax.__version__} | kernels {sources} | {case}"
