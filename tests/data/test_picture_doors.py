@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import hashlib
 import io
 import shutil
 import sys
@@ -21,7 +22,6 @@ from unichar_jax.app.sheet import _fit
 from unichar_jax.app.web.pictures import read_upload
 from unichar_jax.app.web.settings import Refused
 from unichar_jax.config.model import model_preset
-from unichar_jax.data import images
 from unichar_jax.data.cache import ImageCache
 from unichar_jax.data.images import ImageTransform, image_header, open_image, patchify
 from unichar_jax.data.new_character import new_character, summary
@@ -234,7 +234,7 @@ def test_prepared_pictures_are_kept_apart_where_pixels_changed(made, tmp_path):
     for kind in ("exif2_png", "exif3_png", "exif6_png", "upper"):
         image = in_a_folder(made[kind][0], tmp_path / kind)
         cache = ImageCache(tmp_path / "cache")
-        digest = images.hashlib.sha256(image.path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
         names[kind] = cache.content(image)
         assert (names[kind] == digest) == (kind == "upper")
     assert len(set(names.values())) == 4
