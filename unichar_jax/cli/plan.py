@@ -61,15 +61,16 @@ def planned(rest: list[str], topology: Callable[[], Topology]) -> tuple[Any, str
     from unichar_jax.config.train import SFTConfig
     from unichar_jax.plan import sampling, sft, stage2, workload
 
-    # Inference computes as the preset of training does, and has nothing to recompute.
-    compute = dataclasses.replace(presets.load(SFTConfig, "sft-bagel-7b").compute, remat="none")
-    if rest[0] == "draw":
-        drawing = tyro.cli(sampling.Drawing, args=rest[1:], prog="unichar plan draw")
-        made = sampling.plan_drawing(drawing, sizes(drawing.base, say), compute, topology())
-        return made, workload.report(made)
-    if rest[0] == "chat":
-        talking = tyro.cli(sampling.Talking, args=rest[1:], prog="unichar plan chat")
-        made = sampling.plan_talking(talking, sizes(talking.base, say), compute, topology())
+    inference: dict[str, tuple[Any, Any]] = {
+        "draw": (sampling.Drawing, sampling.plan_drawing),
+        "chat": (sampling.Talking, sampling.plan_talking),
+    }
+    if rest[0] in inference:
+        kind, make = inference[rest[0]]
+        job = tyro.cli(kind, args=rest[1:], prog=f"unichar plan {rest[0]}")
+        # It computes as the preset of training does, and has nothing to recompute.
+        compute = dataclasses.replace(presets.load(SFTConfig, "sft-bagel-7b").compute, remat="none")
+        made = make(job, sizes(job.base, say), compute, topology())
         return made, workload.report(made)
     if not rest[0].startswith("-") and presets.is_of(GRPOConfig, rest[0]):
         cfg = parse(GRPOConfig, rest, "unichar plan CONFIG", "grpo")

@@ -72,6 +72,10 @@ class Flops:
     dense: float = 0.0
     kernels: float = 0.0
 
+    @property
+    def total(self) -> float:
+        return self.dense + self.kernels
+
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.dense + other.dense, self.kernels + other.kernels)
 
@@ -90,10 +94,10 @@ def count_flops(jaxpr: Any) -> Flops:
             total += Flops(_convolution_flops(eqn))
         elif name == "pallas_call":
             body = count_flops(p["jaxpr"])
-            total += Flops(0.0, (body.dense + body.kernels) * math.prod(p["grid_mapping"].grid))
+            total += Flops(0.0, body.total * math.prod(p["grid_mapping"].grid))
         elif name == "cond":
             branches = [count_flops(b.jaxpr) for b in p["branches"]]
-            total += max(branches, key=lambda f: f.dense + f.kernels)
+            total += max(branches, key=lambda f: f.total)
         elif name != "while":
             times = p["length"] if name == "scan" else 1
             if name == "shard_map":

@@ -16,15 +16,15 @@ from jax.sharding import Mesh
 
 from unichar_jax.config.compute import Compute, MeshConfig
 from unichar_jax.config.model import ModelConfig
+from unichar_jax.config.ranges import POSITIVE, at_least, check
 from unichar_jax.errors import UserError
 from unichar_jax.models import flops, int8, kernels, params
 from unichar_jax.models.autoencoder import Autoencoder, decoding_in
 from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.plan.grpo import evaluation_flops
-from unichar_jax.plan.program import Flops
 from unichar_jax.plan.topology import Topology
-from unichar_jax.plan.workload import Compiled, Task, Workload, bytes_of, compile_program
+from unichar_jax.plan.workload import Compiled, Task, Workload, bytes_of, compile_program, placed
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow, pixels, text
 from unichar_jax.sampling.flow import Contexts, FlowSettings
@@ -80,11 +80,12 @@ class _Abstract:
     def __init__(self, model: ModelConfig, compute: Compute, weights: str | None, mesh: Mesh):
         self.mesh, self.cfg = mesh, model
         declared = UnifiedModel(model, compute)
-        if weights == "int8":
-            whole = params.abstract(int8.declare(declared), mesh)
-            self.model = params.map_named(lambda n, x: x if _is_packed(n, x) else _in(x, compute), whole)
-        else:
-            self.model = params.abstract(declared, mesh, compute.jax_dtype)
+        self.model = params.abstract(declared, mesh, compute.jax_dtype)
+        if weights == "int8":  # as a loaded model becomes small, array by array
+            arrays: dict[str, Any] = {}
+            for name, x in params.named_leaves(self.model):
+                arrays |= jax.eval_shape(lambda x, name=name: int8.small_form(name, x, {}), x)
+            self.model = self.on(params.map_named(lambda n, _: arrays[n], int8.declare(declared)))
         # The engine keeps the inner convolutions of its decoder in the compute dtype.
         float32 = params.abstract(Autoencoder(model.autoencoder), mesh)
         lower = jax.eval_shape(lambda a: decoding_in(a, compute.dtype), float32)
@@ -93,8 +94,7 @@ class _Abstract:
 
     def on(self, tree: Any) -> Any:
         """Shapes, whole on every device."""
-        whole = mesh_lib.replicated(self.mesh)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+        return placed(tree, mesh_lib.replicated(self.mesh))
 
     def of(self, function: Any, *args: Any) -> Any:
         """Shapes of what a function of (model, ...) gives."""
@@ -114,25 +114,8 @@ class _Abstract:
         return bytes_of([*layers, *([named["lm_head.kernel"]] if head else [])])
 
 
-def _is_packed(name: str, x: Any) -> bool:
-    """Whether an array of an int8 model is a kernel of eight bits, or its scale, which stays float32."""
-    return x.dtype == jnp.int8 or (
-        name.startswith("decoder.layers.") and name.endswith(".scale") and "norm" not in name
-    )
-
-
-def _in(x: Any, compute: Compute) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, compute.jax_dtype, sharding=x.sharding)
-
-
 def _single(topology: Topology) -> Mesh:
     return mesh_lib.make_mesh(MeshConfig(), list(topology.devices())[:1])
-
-
-def _require(numbers: dict[str, int], where: str) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{where}.{name}: expected a positive number, got {value}.")
 
 
 def plan_drawing(job: Drawing, model: ModelConfig, compute: Compute, topology: Topology) -> Workload:
@@ -141,7 +124,7 @@ def plan_drawing(job: Drawing, model: ModelConfig, compute: Compute, topology: T
     Raises:
       UserError: a number is out of range, or the topology's compiler is absent.
     """
-    _require({"size": job.size, "batch": job.batch, "prompt": job.prompt, "steps": job.steps - 1}, "draw")
+    check(job, "draw.", size=POSITIVE, batch=POSITIVE, prompt=POSITIVE, steps=at_least(2))
     step = model.pixels_per_latent
     if job.size % step or job.size > model.max_latent_size * step:
         raise UserError(
@@ -200,7 +183,7 @@ def plan_drawing(job: Drawing, model: ModelConfig, compute: Compute, topology: T
         decode = compile_program(
             "autoencoder", pixels.decode_images, at.autoencoder, noise, grid=grid, patch=patch
         )
-        tasks.append(Task(decode, 1, _all(decode.executed), bytes_of(at.autoencoder)))
+        tasks.append(Task(decode, 1, decode.executed.total, bytes_of(at.autoencoder)))
         kernel = kernels.resolve(compute.attention)
     return Workload(
         f"{job.batch} x {job.size} px, {job.steps - 1} steps{_with(job.weights)}",
@@ -215,7 +198,7 @@ def plan_drawing(job: Drawing, model: ModelConfig, compute: Compute, topology: T
 
 def plan_talking(job: Talking, model: ModelConfig, compute: Compute, topology: Topology) -> Workload:
     """Compiles what a reply takes; raises as ``plan_drawing``."""
-    _require({"context": job.context, "reply": job.reply, "batch": job.batch}, "chat")
+    check(job, "chat.", context=POSITIVE, reply=POSITIVE, batch=POSITIVE, picture=at_least(0))
     mesh, batch = _single(topology), job.batch
     delimited = job.picture + 2 if job.picture else 0
     capacity = kv.bucket(job.context + delimited + job.reply)
@@ -275,7 +258,3 @@ def _decode(at: _Abstract, cache: Any, batch: int) -> Compiled:
     return compile_program(
         f"{text.CHUNK} tokens", text.decode_chunk, at.model, layers, state, choice, num_tokens=text.CHUNK
     )
-
-
-def _all(executed: Flops) -> float:
-    return executed.dense + executed.kernels

@@ -76,6 +76,11 @@ def _bytes_asked(message: str) -> float | None:
     return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[found[2]] if found else None
 
 
+def placed(tree: Any, sharding: Any) -> Any:
+    """Shapes of arrays (or of shapes) with a sharding for all of them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
 def bytes_of(tree: Any) -> int:
     """Bytes of one device that arrays (or their shapes, with shardings) take."""
 
