@@ -24,7 +24,7 @@ from unichar_jax.models.unified import UnifiedModel
 from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.plan.grpo import evaluation_flops
 from unichar_jax.plan.topology import Topology
-from unichar_jax.plan.workload import Compiled, Task, Workload, bytes_of, compile_program, placed
+from unichar_jax.plan.workload import Compiled, Task, Workload, bytes_of, compile_program, with_sharding
 from unichar_jax.sampling import cache as kv
 from unichar_jax.sampling import flow, pixels, text
 from unichar_jax.sampling.flow import Contexts, FlowSettings
@@ -94,7 +94,7 @@ class _Abstract:
 
     def on(self, tree: Any) -> Any:
         """Shapes, whole on every device."""
-        return placed(tree, mesh_lib.replicated(self.mesh))
+        return with_sharding(tree, mesh_lib.replicated(self.mesh))
 
     def of(self, function: Any, *args: Any) -> Any:
         """Shapes of what a function of (model, ...) gives."""

@@ -25,7 +25,7 @@ from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.parallel.chips import GIB
 from unichar_jax.plan.program import Collective, Flops, Memory
 from unichar_jax.plan.topology import Topology
-from unichar_jax.plan.workload import compile_program
+from unichar_jax.plan.workload import compile_program, with_sharding
 from unichar_jax.training.optimizer import make_optimizer, state_shardings
 from unichar_jax.training.start import declare
 from unichar_jax.training.state import TRAINABLE, Layout, TrainState
@@ -137,11 +137,7 @@ def abstract_state(
     """Shapes and shardings of a run's state."""
     trained, frozen = layout.split(params.flat(params.abstract(layout.module, mesh)), TRAINABLE[trainable])
     opt = jax.eval_shape(optimizer.init, trained)
-    opt = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        opt,
-        state_shardings(opt, trained, mesh),
-    )
+    opt = jax.tree.map(with_sharding, opt, state_shardings(opt, trained, mesh))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
     return TrainState(count, trained, frozen, opt, trained if ema else None)
 

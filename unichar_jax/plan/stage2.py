@@ -26,7 +26,7 @@ from unichar_jax.parallel import mesh as mesh_lib
 from unichar_jax.plan.grpo import round_cost
 from unichar_jax.plan.sft import abstract_state
 from unichar_jax.plan.topology import Topology
-from unichar_jax.plan.workload import Compiled, Task, Workload, bytes_of, compile_program, placed
+from unichar_jax.plan.workload import Compiled, Task, Workload, bytes_of, compile_program, with_sharding
 from unichar_jax.sampling import cache as kv
 from unichar_jax.scoring.preprocess import CLIP, DINOV2
 from unichar_jax.training.grpo import rollouts
@@ -61,14 +61,14 @@ class _Shapes:
     autoencoder: Any
 
     def whole(self, tree: Any) -> Any:
-        return placed(tree, mesh_lib.replicated(self.mesh))
+        return with_sharding(tree, mesh_lib.replicated(self.mesh))
 
     def rows(self, tree: Any) -> Any:
         """Split over the batch where it divides."""
 
         def one(x: Any) -> jax.ShapeDtypeStruct:
             dims = ("batch", *(None,) * (x.ndim - 1))
-            return placed(x, mesh_lib.sharding_for(dims, x.shape, self.mesh))
+            return with_sharding(x, mesh_lib.sharding_for(dims, x.shape, self.mesh))
 
         return jax.tree.map(one, tree)
 
@@ -77,7 +77,7 @@ class _Shapes:
 
         def split(x: Any) -> jax.ShapeDtypeStruct:
             dims = (None, None, "kv_heads", None, None) if x.ndim == 5 else (None,) * x.ndim
-            return placed(x, mesh_lib.sharding_for(dims, x.shape, self.mesh))
+            return with_sharding(x, mesh_lib.sharding_for(dims, x.shape, self.mesh))
 
         return jax.tree.map(split, jax.eval_shape(lambda m: kv.empty(m, batch, capacity), self.learner))
 
@@ -100,7 +100,9 @@ def plan_round(cfg: GRPOConfig, model: ModelConfig, topology: Topology) -> Workl
         kernel = kernels.resolve(cfg.compute.attention)
         ema = algorithm.follows or cfg.optimizer.ema_decay > 0
         state = abstract_state(layout, optimizer, mesh, cfg.trainable, ema)
-        autoencoder = placed(params.abstract(Autoencoder(model.autoencoder)), mesh_lib.replicated(mesh))
+        autoencoder = with_sharding(
+            params.abstract(Autoencoder(model.autoencoder)), mesh_lib.replicated(mesh)
+        )
         shapes = _Shapes(cfg, model, mesh, layout, state, autoencoder)
         cache = shapes.contexts(PROMPTS, PROMPT_TOKENS)
         draw, record = _draw(shapes, algorithm, cache)
@@ -172,7 +174,7 @@ def _learn(shapes: _Shapes, algorithm: Any, optimizer: Any, cache: Any, record: 
         reference = state.params
         if cfg.trainable == "lora":
             off = jax.eval_shape(switched_off, state.params)
-            reference = jax.tree.map(lambda x, p: placed(x, p.sharding), off, state.params)
+            reference = jax.tree.map(lambda x, p: with_sharding(x, p.sharding), off, state.params)
     learned = cfg.pictures // cfg.updates
     share = Share(
         record,

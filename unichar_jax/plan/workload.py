@@ -76,8 +76,8 @@ def _bytes_asked(message: str) -> float | None:
     return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[found[2]] if found else None
 
 
-def placed(tree: Any, sharding: Any) -> Any:
-    """Shapes of arrays (or of shapes) with a sharding for all of them."""
+def with_sharding(tree: Any, sharding: Any) -> Any:
+    """Shapes of arrays (or of shapes), with one sharding for all of them."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
