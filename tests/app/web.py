@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import threading
 import time
@@ -161,3 +162,10 @@ def serving(*engines, names=("Pip", "Luna"), **settings) -> Iterator[Server]:
     guests = [guest(engine, name) for engine, name in zip(engines * 2, names, strict=False)]
     with Server(Settings(port=0, steps=2, **settings), guests) as server:
         yield server
+
+
+def picture(size=(64, 48), kind="PNG") -> bytes:
+    """A file that a visitor sends."""
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize(size).save(buffer, kind)
+    return buffer.getvalue()
