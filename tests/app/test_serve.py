@@ -1,4 +1,4 @@
-"""The web demo over HTTP: what it answers, what it refuses, and that nothing ends it."""
+"""The web demo over HTTP: what it answers, to one or many; what it refuses is in test_serve_refuses.py."""
 
 from __future__ import annotations
 
